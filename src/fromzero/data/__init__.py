@@ -1,0 +1,24 @@
+"""Data: a source in, examples out, in an order that is a function of seed and epoch."""
+
+from fromzero.data.answers import Classes, Numbers, Soft
+from fromzero.data.augment import Augmentation
+from fromzero.data.examples import Examples
+from fromzero.data.images import ImageFormat
+from fromzero.data.load import DataFacts, Loaded, Preparation, Request, load, load_again
+from fromzero.data.order import epoch_order
+
+__all__ = [
+    "Augmentation",
+    "Classes",
+    "DataFacts",
+    "Examples",
+    "ImageFormat",
+    "Loaded",
+    "Numbers",
+    "Preparation",
+    "Request",
+    "Soft",
+    "epoch_order",
+    "load",
+    "load_again",
+]

@@ -1,0 +1,111 @@
+"""Describing: data in, what a first recipe needs to know out. Nothing is split, prepared or kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fromzero.data.columns import ColumnFacts, as_word, inspect_column
+from fromzero.data.images import ImageFormat, find_images, image_header
+from fromzero.data.load import Request, open_source
+from fromzero.data.sources import ArrayRows, TableRows
+from fromzero.data.table import missing
+from fromzero.errors import DataError
+
+MOST_CLASSES = 20  # a column of whole numbers with more values than this is taken for a number
+
+
+@dataclass(frozen=True)
+class Description:
+    """What was seen and guessed. why: a sentence for each guess, by recipe key."""
+
+    source: str
+    kind: str  # table | images | arrays
+    rows: int
+    task: str
+    target: str | None
+    classes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    columns: tuple[ColumnFacts, ...]
+    set_aside: dict[str, str]
+    image: ImageFormat | None
+    same_size: bool
+    why: dict[str, str]
+
+
+def describe(source: str, *, task: str | None = None, target: str | None = None) -> Description:
+    """raises: DataError where the data cannot be read"""
+    path = Path(source)
+    if path.is_dir():
+        return _images(path)
+    rows = open_source(source, Request(train=source, target=target))
+    why: dict[str, str] = {}
+    if isinstance(rows, TableRows):
+        labels: Any = [v for v in rows.labels if not missing(v)]
+        if not labels:
+            raise DataError(f"column '{rows.target}' is empty", mend="name the answer with --target", file=source)
+        why["data.target"] = f"{'as asked' if target else 'the column most likely to be the answer'}; the columns are {', '.join(rows.table.columns)}"
+    else:
+        labels = rows.labels
+    if task is None:
+        task, why["task"] = _task(labels)
+    classes = tuple(sorted({as_word(v) for v in labels})) if task == "classify" and not isinstance(labels, Tensor) else ()
+    image = None
+    if isinstance(rows, ArrayRows) and rows.inputs.ndim == 4:
+        image = ImageFormat(rows.inputs.shape[2], rows.inputs.shape[3], rows.inputs.shape[1])
+    return Description(
+        source=source,
+        kind=rows.kind,
+        rows=len(rows),
+        task=task,
+        target=rows.target if isinstance(rows, TableRows) else None,
+        classes=classes,
+        inputs=rows.inputs if isinstance(rows, TableRows) else (),
+        columns=rows.facts if isinstance(rows, TableRows) else (),
+        set_aside=rows.set_aside if isinstance(rows, TableRows) else {},
+        image=image,
+        same_size=True,
+        why=why,
+    )
+
+
+def _task(labels: Any) -> tuple[str, str]:
+    if isinstance(labels, Tensor):
+        return "regress", "the answers are several numbers"
+    seen = inspect_column("target", labels)
+    distinct = len({as_word(v) for v in labels})
+    numbers = seen.kind in ("number", "id") and not isinstance(labels[0], str) or _all_numbers(labels)
+    if not numbers:
+        return "classify", f"the answers are words, {distinct} different ones"
+    whole = all(float(v).is_integer() for v in labels)
+    if whole and distinct <= MOST_CLASSES:
+        return "classify", f"the answers are {distinct} different whole numbers"
+    return "regress", f"the answers are numbers, {distinct} different ones"
+
+
+def _all_numbers(labels: Any) -> bool:
+    try:
+        return all(float(v) == float(v) for v in labels)
+    except (TypeError, ValueError):
+        return False
+
+
+def _images(path: Path) -> Description:
+    tree = find_images(path)
+    headers = []
+    for image in tree.paths[:500]:
+        try:
+            headers.append(image_header(image))
+        except DataError:
+            continue  # the plan names it and asks
+    if not headers:
+        raise DataError("no image can be read", file=str(path))
+    sizes = {size for size, _ in headers}
+    height, width = sorted(sizes)[len(sizes) // 2]
+    grey = all(mode in ("L", "1", "I;16", "I", "LA") for _, mode in headers)
+    classes = tuple(sorted(set(tree.labels)))
+    form = ImageFormat(height, width, 1 if grey else 3)
+    return Description(str(path), "images", len(tree.paths), "classify", None, classes, (), (), {}, form, len(sizes) == 1, {"task": "a folder for each class"})

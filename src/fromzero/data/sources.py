@@ -1,0 +1,329 @@
+"""Kinds of data: each a set of rows with labels and content, that becomes Examples once a format is fitted.
+
+Dims: M rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fromzero.data.columns import Column, ColumnFacts, Columns, fit_columns, inspect_column, usable
+from fromzero.data.examples import Examples, ItemExamples, TensorExamples
+from fromzero.data.images import ImageFormat, ImageTree, image_header, read_image
+from fromzero.data.table import Table, missing
+from fromzero.errors import DataError, Fault, did_you_mean
+
+MOST_IN_MEMORY = 2 * 2**30  # bytes of decoded images; more are decoded each time they are used
+
+
+@dataclass(frozen=True)
+class ArrayFormat:
+    """Inputs as arrays of one shape, divided by `divisor` where they are pixels."""
+
+    shape: tuple[int, ...]
+    divisor: float | None = None
+
+
+InputFormat = Columns | ImageFormat | ArrayFormat
+
+
+class RowSource(Protocol):
+    """Rows before they are split. labels: raw, or a float tensor (M, K)."""
+
+    kind: str
+    name: str
+
+    @property
+    def labels(self) -> Sequence[Any] | Tensor: ...
+
+    def __len__(self) -> int: ...
+
+    def keys(self) -> list[bytes]:
+        """content of each row's input, for finding repeats"""
+
+    def where(self, row: int) -> str: ...
+
+    def fit(self, rows: Sequence[int]) -> InputFormat: ...
+
+    def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples: ...
+
+
+# -------------------------------------------------------------------------------------------- tables
+
+
+@dataclass
+class TableRows:
+    """Rows of a table. inputs: names of the columns used; set_aside: column → why it is not used."""
+
+    table: Table
+    target: str
+    inputs: tuple[str, ...]
+    policies: dict[str, str]
+    facts: tuple[ColumnFacts, ...]
+    set_aside: dict[str, str] = field(default_factory=dict)
+    kind: str = "table"
+
+    @property
+    def name(self) -> str:
+        return self.table.file
+
+    @property
+    def labels(self) -> Sequence[Any]:
+        return self.table.columns[self.target]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def keys(self) -> list[bytes]:
+        columns = [self.table.columns[name] for name in self.inputs]
+        return [repr(cells).encode() for cells in zip(*columns, strict=True)]
+
+    def where(self, row: int) -> str:
+        return self.table.where(row)
+
+    def fit(self, rows: Sequence[int]) -> Columns:
+        return fit_columns(self.table.take(rows), self.inputs, self.policies)
+
+    def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
+        assert isinstance(form, Columns)
+        return TensorExamples(form.apply(self.table.take(rows)), targets)
+
+
+def table_rows(table: Table, *, target: str | None, inputs: Sequence[str] | None, policies: dict[str, str]) -> TableRows:
+    """Choose a table's target and input columns, saying why others are set aside.
+
+    raises: DataError for columns that are not there, or when none is left
+    """
+    names = list(table.columns)
+    target = target or guess_target(names)
+    asked = [("data.target", target)] + [("data.input", n) for n in inputs or ()] + [("data.missing", n) for n in policies]
+    faults = [
+        Fault(f"has no column '{name}'", mend=did_you_mean(name, names) or f"the columns are {', '.join(names[:20])}", file=table.file, key=key)
+        for key, name in asked
+        if name not in table.columns
+    ]
+    if inputs and target in inputs:
+        faults.append(Fault(f"column '{target}' is both input and target", mend="the answer cannot be an input", file=table.file, key="data.input"))
+    if faults:
+        raise DataError(faults)
+    facts = tuple(inspect_column(name, table.columns[name]) for name in names)
+    set_aside: dict[str, str] = {}
+    chosen = list(inputs or ())
+    for seen in facts if inputs is None else ():
+        if seen.name == target:
+            continue
+        if usable(seen):
+            chosen.append(seen.name)
+        else:
+            reasons = {"id": "looks like an identifier: (almost) every row has its own value", "constant": "has one value in every row", "empty": "is empty in every row"}
+            set_aside[seen.name] = reasons[seen.kind]
+    if not chosen:
+        raise DataError("no input column is left", why="; ".join(f"{n} {why}" for n, why in set_aside.items()), mend="name the inputs with data.input", file=table.file)
+    dropping = [n for n in chosen if policies.get(n) == "drop"]
+    kept = [r for r in range(len(table)) if not any(missing(table.columns[n][r]) for n in dropping)]
+    if not kept:
+        raise DataError("no row is left", why=f"{len(table)} rows, and each has an empty cell in {', '.join(dropping)}", key="data.missing", file=table.file)
+    return TableRows(table.take(kept) if len(kept) < len(table) else table, target, tuple(chosen), policies, facts, set_aside)
+
+
+_TARGET_NAMES = ("target", "label", "class", "y", "species", "category", "intent", "outcome", "diagnosis", "answer", "score", "price")
+
+
+def guess_target(names: Sequence[str]) -> str:
+    """The column that is most likely the answer: a usual name for one, else the last."""
+    lowered = {name.lower(): name for name in reversed(names)}
+    return next((lowered[word] for word in _TARGET_NAMES if word in lowered), names[-1])
+
+
+# -------------------------------------------------------------------------------------------- images
+
+
+@dataclass
+class ImageRows:
+    """Rows of an image folder. asked: the format a recipe states, needed where sizes differ."""
+
+    tree: ImageTree
+    asked: ImageFormat | None
+    skip_broken: int
+    broken: dict[str, str] = field(default_factory=dict)
+    kind: str = "images"
+
+    def __post_init__(self) -> None:
+        self.sizes: dict[tuple[int, int], int] = {}
+        self.modes: dict[str, int] = {}
+        kept, faults = [], []
+        for row, path in enumerate(self.tree.paths):
+            try:
+                size, mode = image_header(path)
+                digest = hashlib.sha256(path.read_bytes()).digest()
+            except DataError as error:
+                faults += error.faults
+                continue
+            self.sizes[size] = self.sizes.get(size, 0) + 1
+            self.modes[mode] = self.modes.get(mode, 0) + 1
+            kept.append((row, digest))
+        self._quarantine(faults)
+        self._rows = [row for row, _ in kept]
+        self._keys = [digest for _, digest in kept]
+        self._pixels: dict[ImageFormat, Tensor] = {}
+        self._decode_all()
+
+    def _quarantine(self, faults: Sequence[Fault]) -> None:
+        self.broken.update({fault.file: fault.what for fault in faults})
+        if len(self.broken) > self.skip_broken:
+            raise DataError(list(faults)[:20])
+
+    def _decode_all(self) -> None:
+        """Decode each image once while rows are counted, so that a broken one is found before training."""
+        form = self.fit(())
+        whole = len(self._rows) * form.channels * form.height * form.width
+        pixels, faults, good = [], [], []
+        for place, row in enumerate(self._rows):
+            try:
+                pixels_of_one = read_image(self.tree.paths[row], form)
+            except DataError as error:
+                faults += error.faults
+                continue
+            good.append(place)
+            if whole <= MOST_IN_MEMORY:
+                pixels.append(pixels_of_one)
+        self._quarantine(faults)
+        self._rows = [self._rows[place] for place in good]
+        self._keys = [self._keys[place] for place in good]
+        if not self._rows:
+            raise DataError("no image can be read", file=str(self.tree.root))
+        if whole <= MOST_IN_MEMORY:
+            self._pixels[form] = torch.stack(pixels)
+
+    @property
+    def name(self) -> str:
+        return str(self.tree.root)
+
+    @property
+    def labels(self) -> Sequence[Any]:
+        return [self.tree.labels[row] for row in self._rows]
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def keys(self) -> list[bytes]:
+        return self._keys
+
+    def where(self, row: int) -> str:
+        return str(self.tree.paths[self._rows[row]])
+
+    def fit(self, rows: Sequence[int]) -> ImageFormat:
+        if self.asked is not None:
+            return self.asked
+        if len(self.sizes) > 1:
+            common = sorted(self.sizes, key=lambda size: -self.sizes[size])
+            shown = ", ".join(f"{h}×{w} ({self.sizes[h, w]})" for h, w in common[:4])
+            raise DataError(
+                f"its images have {len(self.sizes)} sizes: {shown}",
+                why="a batch needs one, and resizing changes what is learned",
+                mend=f"say data.input: {{size: {max(common[0])}}}",
+                file=self.name,
+            )
+        height, width = next(iter(self.sizes))
+        grey = set(self.modes) <= {"L", "1", "I;16", "I", "F", "LA"}
+        return ImageFormat(height, width, 1 if grey else 3)
+
+    def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
+        assert isinstance(form, ImageFormat)
+        if form in self._pixels:
+            return TensorExamples(self._pixels[form][list(rows)], targets, divisor=255.0)
+        paths = [self.tree.paths[row] for row in self._rows]
+        if len(rows) * form.channels * form.height * form.width <= MOST_IN_MEMORY:
+            return TensorExamples(torch.stack([read_image(paths[r], form) for r in rows]), targets, divisor=255.0)
+        return ItemExamples(lambda row: read_image(paths[row], form).to(torch.float32).div_(255.0), targets, tuple(rows))
+
+
+# -------------------------------------------------------------------------------------------- arrays
+
+
+@dataclass
+class ArrayRows:
+    """Rows of two tensors. labels may be whole numbers, floats, or (M, K) floats."""
+
+    inputs: Tensor
+    answers: Tensor
+    name: str
+    kind: str = "arrays"
+
+    @property
+    def labels(self) -> Sequence[Any] | Tensor:
+        return self.answers if self.answers.ndim > 1 else self.answers.tolist()
+
+    def __len__(self) -> int:
+        return len(self.answers)
+
+    def keys(self) -> list[bytes]:
+        rows = self.inputs.reshape(len(self.inputs), -1).contiguous().numpy()
+        return [hashlib.blake2b(row.tobytes(), digest_size=16).digest() for row in rows]
+
+    def where(self, row: int) -> str:
+        return f"{self.name}, example {row}"
+
+    def fit(self, rows: Sequence[int]) -> ArrayFormat:
+        return ArrayFormat(tuple(self.inputs.shape[1:]), 255.0 if self.inputs.dtype == torch.uint8 else None)
+
+    def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
+        assert isinstance(form, ArrayFormat)
+        if tuple(self.inputs.shape[1:]) != form.shape:
+            raise DataError(f"has inputs of shape {tuple(self.inputs.shape[1:])}, the model was trained with {form.shape}", file=self.name)
+        whole = len(rows) == len(self)
+        divisor = form.divisor if self.inputs.dtype == torch.uint8 else None
+        return TensorExamples(self.inputs if whole else self.inputs[torch.as_tensor(rows)], targets, divisor)
+
+
+@dataclass
+class ItemRows:
+    """Rows of a Dataset from Python: anything with a length and items (input, answer), fetched one by one."""
+
+    dataset: Any
+    name: str
+    kind: str = "items"
+
+    def __post_init__(self) -> None:
+        count = len(self.dataset)
+        if count == 0:
+            raise DataError("holds 0 examples", file=self.name)
+        first = self._item(0)[0]
+        self.shape = tuple(torch.as_tensor(first).shape)
+        self._labels = [self._item(i)[1] for i in range(count)]
+
+    def _item(self, row: int) -> tuple[Any, Any]:
+        item = self.dataset[row]
+        if not isinstance(item, (tuple, list)) or len(item) != 2:
+            raise DataError(f"its example {row} is {type(item).__name__}, not (input, answer)", file=self.name)
+        return item[0], item[1]
+
+    @property
+    def labels(self) -> Sequence[Any] | Tensor:
+        whole = torch.stack([torch.as_tensor(label) for label in self._labels])
+        return whole if whole.ndim > 1 and whole.shape[1] > 1 else whole.reshape(-1).tolist()
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def keys(self) -> list[bytes]:
+        return [str(row).encode() for row in range(len(self))]  # its items may change from one fetch to the next
+
+    def where(self, row: int) -> str:
+        return f"{self.name}, example {row}"
+
+    def fit(self, rows: Sequence[int]) -> ArrayFormat:
+        return ArrayFormat(self.shape)
+
+    def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
+        fetch: Callable[[int], Any] = lambda row: torch.as_tensor(self._item(row)[0]).to(torch.float32)  # noqa: E731
+        return ItemExamples(fetch, targets, tuple(rows))
+
+
+__all__ = ["ArrayFormat", "ArrayRows", "Column", "ImageRows", "InputFormat", "ItemRows", "RowSource", "TableRows", "guess_target", "table_rows"]

@@ -1,0 +1,87 @@
+"""The machine: nothing in, facts out: device, threads, memory, versions."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fromzero.errors import PlanRefused
+
+
+@dataclass(frozen=True)
+class MachineFacts:
+    """memory_bytes: what can be used now, cgroup and ulimit included."""
+
+    device: str
+    device_name: str
+    threads: int
+    memory_bytes: int
+    bf16: bool
+    python: str
+    torch: str
+    system: str
+
+
+def look_at_machine(asked: str = "auto") -> MachineFacts:
+    """asked: auto | cpu | cuda | mps.  raises: PlanRefused where the device asked for is not here"""
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    device = ("cuda" if there["cuda"] else "cpu") if asked == "auto" else asked
+    if not there[device]:
+        raise PlanRefused(f"this machine has no {device} device", mend="limits.device: auto takes what there is", key="limits.device")
+    return MachineFacts(
+        device=device,
+        device_name=torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
+        threads=usable_cores(),
+        memory_bytes=torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory(),
+        bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
+        python=platform.python_version(),
+        torch=torch.__version__,
+        system=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take: the least of free memory, cgroup limit and ulimit."""
+    candidates = [_from_meminfo(), _from_cgroup()]
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if soft != resource.RLIM_INFINITY:
+        candidates.append(soft)
+    known = [c for c in candidates if c is not None]
+    return min(known) if known else 4 * 2**30
+
+
+def _from_meminfo() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        return None
+    return None
+
+
+def _from_cgroup() -> int | None:
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+    except OSError:
+        return None
+    return None if limit == "max" else max(int(limit) - int(used), 0)
+
+
+def peak_memory() -> int:
+    """Most bytes this process has held so far (on cuda: that its tensors have held there)."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.max_memory_allocated())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,116 @@
+"""Errors: what went wrong in, one message out that says what, where, why and the mend.
+
+    FromzeroError              code 1   our bug unless a subclass says otherwise
+    ├── UserError              code 2   the user can mend it
+    │   ├── RecipeError                 the recipe: keys, values, overrides
+    │   ├── DataError                   files, columns, labels, images
+    │   ├── ModelError                  the model cannot be built, or does not fit the data
+    │   ├── ShapeError                  two tensors that do not belong together
+    │   ├── SourceError                 a name that leads to no file, an archive or weights not to be trusted
+    │   ├── PlanRefused                 the plan shows that the run cannot do what was asked
+    │   └── MissingExtra                an optional package is not installed
+    ├── NumbersError           code 3   the numbers stopped the run: NaN, a limit, a frozen tensor that moved
+    └── Interrupted            code 130 or 143, after saving
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong. `key` is a recipe key or a column; `line` counts from 1."""
+
+    what: str
+    why: str = ""
+    mend: str = ""
+    file: str = ""
+    line: int = 0
+    key: str = ""
+
+    def __str__(self) -> str:
+        place = self.file + (f":{self.line}" if self.line else "")
+        where = " ".join(part for part in (place, self.key) if part)
+        said = [self.what, self.why, self.mend]
+        return (f"{where}: " if where else "") + "; ".join(part for part in said if part)
+
+
+class FromzeroError(Exception):
+    """An error with fields; `faults` holds several when all were found at once."""
+
+    code = 1
+
+    def __init__(
+        self,
+        what: str | Sequence[Fault],
+        *,
+        why: str = "",
+        mend: str = "",
+        file: str = "",
+        line: int = 0,
+        key: str = "",
+    ) -> None:
+        if isinstance(what, str):
+            self.faults = (Fault(what, why, mend, file, line, key),)
+        else:
+            self.faults = tuple(what)
+        super().__init__("\n".join(str(fault) for fault in self.faults))
+
+    def as_json(self) -> dict[str, object]:
+        """What `--json` prints for this error."""
+        return {
+            "error": type(self).__name__,
+            "code": self.code,
+            "faults": [asdict(fault) for fault in self.faults],
+        }
+
+
+class UserError(FromzeroError):
+    code = 2
+
+
+class RecipeError(UserError): ...
+
+
+class DataError(UserError): ...
+
+
+class ModelError(UserError): ...
+
+
+class ShapeError(UserError): ...
+
+
+class SourceError(UserError): ...
+
+
+class PlanRefused(UserError): ...
+
+
+class MissingExtra(UserError): ...
+
+
+class NumbersError(FromzeroError):
+    code = 3
+
+
+class Interrupted(FromzeroError):
+    """Stopped by a signal, after saving. `code` is 130 (Ctrl-C) or 143 (SIGTERM)."""
+
+    def __init__(self, what: str, *, code: int, mend: str = "") -> None:
+        super().__init__(what, mend=mend)
+        self.code = code
+
+
+def nearest(word: str, known: Iterable[str], *, count: int = 1) -> list[str]:
+    """The known words closest to this one, best first; none where nothing is close."""
+    return difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`did you mean X?`, or an empty string."""
+    close = nearest(word, known)
+    return f"did you mean '{close[0]}'?" if close else ""

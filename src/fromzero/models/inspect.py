@@ -1,0 +1,173 @@
+"""Inspection: a module and two samples in, facts out: its layers in the order they run, its head, what it keeps in memory.
+
+The module is copied first; the original, its buffers and torch's random state are left as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fromzero.errors import ModelError
+
+_RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+_COUPLING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """A layer with no layers inside. tensors: parameter name → number of values."""
+
+    name: str
+    kind: str
+    tensors: dict[str, int]
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """layers: in the order they run.  idle: parameters of layers that did not run.  head: the Linear that makes the output."""
+
+    name: str
+    layers: tuple[LayerFacts, ...]
+    idle: tuple[str, ...]
+    parameters: int
+    parameter_bytes: int
+    output_shape: tuple[int, ...]  # of one sample
+    activation_bytes: int  # kept for the backward pass, per sample
+    head: str | None
+    linears: tuple[str, ...]
+    ends_in: str  # softmax | log_softmax | ""
+    flat_dropout: tuple[str, ...]  # Dropout2d that got (B, D)
+    random: bool  # the output in training depends on random draws
+    coupled: tuple[str, ...]  # layers that mix the samples of a batch
+
+
+def inspect_model(model: nn.Module, inputs: Tensor, name: str) -> ModelFacts:
+    """Run two samples through a copy of the module.
+
+    inputs:  (2, …) as a batch would be
+    raises:  ModelError where the module fails on them, or gives no tensor
+    """
+    twin = copy.deepcopy(model)
+    watch = _Watch(twin)
+    outputs = watch.run(inputs, name)
+    executed = list(dict.fromkeys(watch.order))
+    modules = dict(twin.named_modules())
+    layers = tuple(LayerFacts(n, type(modules[n]).__name__, _own(n, modules[n])) for n in executed)
+    used = {p for layer in layers for p in layer.tensors}
+    linears = tuple(n for n in executed if isinstance(modules[n], nn.Linear))
+    random = _differs(twin, inputs)
+    parameters = dict(model.named_parameters())
+    return ModelFacts(
+        name=name,
+        layers=layers,
+        idle=tuple(n for n in parameters if n not in used and watch.leaves_own(n)),
+        parameters=sum(p.numel() for p in parameters.values()),
+        parameter_bytes=sum(p.nbytes for p in parameters.values()),
+        output_shape=tuple(outputs.shape[1:]),
+        activation_bytes=watch.saved_bytes // max(len(inputs), 1),
+        head=_head(linears, modules, outputs),
+        linears=linears,
+        ends_in=_ends_in(outputs),
+        flat_dropout=tuple(dict.fromkeys(watch.flat_dropout)),
+        random=random or any(isinstance(m, _RANDOM) and getattr(m, "p", 1) for m in modules.values()),
+        coupled=tuple(n for n in executed if isinstance(modules[n], _COUPLING)),
+    )
+
+
+def _own(prefix: str, module: nn.Module) -> dict[str, int]:
+    return {f"{prefix}.{n}" if prefix else n: p.numel() for n, p in module.named_parameters()}
+
+
+class _Watch:
+    """Hooks on every layer without layers inside, for one forward pass in eval mode."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model.eval()
+        self.order: list[str] = []
+        self.flat_dropout: list[str] = []
+        self.saved_bytes = 0
+        self._leaves = {n: m for n, m in model.named_modules() if not list(m.children())}
+        self._seen: set[int] = set()
+
+    def leaves_own(self, parameter: str) -> bool:
+        return parameter.rpartition(".")[0] in self._leaves
+
+    def run(self, inputs: Tensor, name: str) -> Tensor:
+        handles = [m.register_forward_pre_hook(self._note(n)) for n, m in self._leaves.items()]
+        known = {p.data_ptr() for p in self.model.parameters()}
+
+        def pack(tensor: Tensor) -> Tensor:
+            place = tensor.untyped_storage().data_ptr()
+            if place not in self._seen and place not in known:
+                self._seen.add(place)
+                self.saved_bytes += tensor.nbytes
+            return tensor
+
+        try:
+            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+                warnings.simplefilter("ignore")
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                    outputs: Any = self.model(inputs)
+        except Exception as error:
+            shape = tuple(inputs.shape)
+            raise ModelError(
+                f"{name} fails on inputs of shape {shape}: {type(error).__name__}: {str(error)[:300]}",
+                why=f"a batch of the data has shape (batch, {', '.join(map(str, shape[1:]))})",
+                mend="change the model's first layers, or data.input",
+                key="model",
+            ) from error
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(inputs):
+            what = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ModelError(f"{name} gives {what}", why="training needs one tensor that begins with the batch", key="model")
+        return outputs.detach()
+
+    def _note(self, name: str) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            self.order.append(name)
+            if isinstance(module, nn.Dropout2d) and arguments and isinstance(arguments[0], Tensor) and arguments[0].ndim == 2:
+                self.flat_dropout.append(name)
+
+        return hook
+
+
+def _head(linears: Sequence[str], modules: dict[str, nn.Module], outputs: Tensor) -> str | None:
+    """The last Linear that ran, if it is as wide as the output."""
+    if not linears:
+        return None
+    last = modules[linears[-1]]
+    width = outputs.shape[-1] if outputs.ndim > 1 else 1
+    return linears[-1] if isinstance(last, nn.Linear) and last.out_features == width else None
+
+
+def _ends_in(outputs: Tensor) -> str:
+    """By the numbers, so that a functional softmax is found too."""
+    if outputs.ndim != 2 or outputs.shape[1] < 2:
+        return ""
+    rows = outputs.double()
+    if bool((rows <= 1e-6).all()) and bool((rows.logsumexp(1).abs() < 1e-4).all()):
+        return "log_softmax"
+    if bool((rows >= 0).all()) and bool(((rows.sum(1) - 1).abs() < 1e-4).all()):
+        return "softmax"
+    return ""
+
+
+def _differs(model: nn.Module, inputs: Tensor) -> bool:
+    """Whether two training passes with different random states differ: finds functional dropout."""
+    model.train()
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+        warnings.simplefilter("ignore")
+        results = []
+        for seed in (1, 2):
+            torch.manual_seed(seed)
+            results.append(copy.deepcopy(model)(inputs))
+    return not torch.equal(results[0], results[1])

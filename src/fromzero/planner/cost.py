@@ -1,0 +1,22 @@
+"""Cost: facts in, predicted seconds and bytes out. Pure arithmetic on what was measured."""
+
+from __future__ import annotations
+
+from fromzero.planner.values import Facts
+
+_STATE = {"sgd": 0, "rmsprop": 1, "adam": 2, "adamw": 2}  # copies of the trained values that the optimizer keeps
+
+
+def training_bytes(facts: Facts, optimizer: str, trainable: int, samples: int, width: int) -> int:
+    """Weights, gradients, optimizer state and the activations of `samples` samples; width: bytes of a value."""
+    kept = facts.model.parameters * width + trainable * width * (1 + _STATE[optimizer])
+    return kept + samples * facts.model.activation_bytes * width // 4
+
+
+def run_seconds(facts: Facts, steps: int, batch: int, evaluations: int) -> float | None:
+    """Steps and evaluations at the measured pace; None where nothing was measured."""
+    seen = facts.measured
+    if seen is None:
+        return None
+    batches = -(-facts.data.validation // max(seen.batch, 1))
+    return steps * seen.step_seconds * batch / max(seen.batch, 1) + evaluations * batches * seen.evaluate_seconds

@@ -1,0 +1,77 @@
+"""Show: a plan in, the tree that a person reads out, in 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+
+from fromzero.planner.values import Plan
+from fromzero.report.summary import format_bytes, format_count, format_seconds
+
+WIDTH = 80
+_SIGNS = {"error": "✗", "warning": "!", "note": "·"}
+
+
+def show(plan: Plan) -> str:
+    """The plan in the order of the data, each choice with its reason; then what trains, and what was found."""
+    recipe, facts = plan.recipe, plan.facts
+    data, chosen = facts.data, {c.name: c for c in plan.choices}
+    lines = [f"plan for {recipe.name or 'run'}: {recipe.task} with {facts.model.name}"]
+    shape = "×".join(map(str, data.input_shape))
+    lines += _node("read", f"{data.source}: {format_count(data.train)} to learn from, {format_count(data.validation)} to measure on; inputs {shape}", _held(plan))
+    if data.columns:
+        lines += [part for name, what in data.columns.items() for part in _wrapped(f"{name}: {what}", "│    ")]
+    if data.classes is not None:
+        few = ", ".join(f"{n} ({c})" for n, c in list(data.train_counts.items())[:10])
+        lines += _wrapped(f"{len(data.classes)} classes: {few}{' …' if len(data.classes) > 10 else ''}", "│    ")
+    model = facts.model
+    lines += _node("model", f"{format_count(model.parameters)} parameters, of which {format_count(plan.trainable_parameters)} train", f"{format_bytes(model.activation_bytes)} kept per sample for the backward pass")
+    lines += _node("loss", recipe.loss_name, "the recipe's" if recipe.loss else f"usual for {recipe.task}")
+    spec = recipe.optimizer
+    lines += _node("update", f"{spec.name}, lr {spec.lr:g}, {recipe.schedule.name}", f"clip {recipe.clip:g}" if recipe.clip else "no clipping")
+    lines += _node("batch", f"{format_count(plan.batch)} samples a step", "gradient descent: the whole training set" if recipe.batch == "all" else "the recipe's")
+    for name in ("micro_batch", "device", "threads", "precision"):
+        choice = chosen[name]
+        lines += _node(name, str(choice.value), choice.reason + (f"; {choice.price}" if choice.price else ""))
+    lines += _node("length", f"{format_count(plan.steps)} steps = {plan.epochs:.4g} epochs of {format_count(plan.steps_per_epoch)}", _ending(plan))
+    lines += _node("equality", plan.grade, {"bitwise": "the plain way itself", "reordered": "only the order of float additions differs from the plain way", "precision": "the recipe asked for it"}[plan.grade])
+    seconds = "not measured" if plan.predicted_seconds is None else format_seconds(plan.predicted_seconds)
+    peak = "" if plan.predicted_peak_bytes is None else f", peak memory {format_bytes(plan.predicted_peak_bytes)}"
+    lines += [f"└─ predicted: {seconds}{peak}", "", *_table(plan)]
+    if plan.findings:
+        lines += ["", "findings"]
+        for finding in plan.findings:
+            lines += _wrapped(f"{_SIGNS[finding.severity]} {finding}", "  ", hang=4)
+    return "\n".join(lines)
+
+
+def _node(name: str, value: str, reason: str) -> list[str]:
+    return _wrapped(f"{name}: {value}  ({reason})" if reason else f"{name}: {value}", "├─ ", hang_with="│    ")
+
+
+def _wrapped(text: str, first: str, *, hang: int = 0, hang_with: str = "") -> list[str]:
+    rest = hang_with or (first if not hang else " " * hang)
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest, break_on_hyphens=False) or [first]
+
+
+def _held(plan: Plan) -> str:
+    if plan.recipe.data.validation is not None:
+        return "validation from its own source"
+    return f"hold_out {plan.recipe.data.hold_out:g}, stratified, by distinct content, seed {plan.recipe.seed}"
+
+
+def _ending(plan: Plan) -> str:
+    kept = "the last weights are kept" if plan.recipe.evaluate.keep == "last" else "the weights with the lowest validation loss are kept"
+    return f"measured every {format_count(plan.evaluate_every)}; {kept}"
+
+
+def _table(plan: Plan) -> list[str]:
+    name_width = min(max([len(r.layer) for r in plan.trains] + [5]), 30)
+    lines = [f"{'layer':<{name_width}}  {'kind':<16}{'parameters':>14}  trains"]
+    rows = plan.trains if len(plan.trains) <= 24 else (*plan.trains[:10], None, *plan.trains[-10:])
+    for row in rows:
+        if row is None:
+            lines.append(f"… {len(plan.trains) - 20} more")
+            continue
+        state = f"lr {row.lr:g}" if row.trains else "frozen"
+        lines.append(f"{row.layer[-name_width:]:<{name_width}}  {row.kind:<16}{format_count(row.parameters):>14}  {state}")
+    return lines

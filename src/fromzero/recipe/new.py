@@ -1,0 +1,83 @@
+"""New: a description of data in, the text of a first recipe out, each guess with its reason beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+
+class Description(Protocol):
+    """What the data room saw (fromzero.data.describe)."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def rows(self) -> int: ...
+    @property
+    def task(self) -> str: ...
+    @property
+    def target(self) -> str | None: ...
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
+    @property
+    def set_aside(self) -> dict[str, str]: ...
+    @property
+    def image(self) -> Any: ...
+    @property
+    def same_size(self) -> bool: ...
+    @property
+    def why(self) -> dict[str, str]: ...
+
+
+STEPS_WANTED = 600  # enough for a small table; a large one sees each row fewer times
+
+
+def first_recipe(seen: Description, *, model: str | None = None) -> str:
+    """The recipe as YAML that can be trained as it stands."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(seen.source).stem).strip("-.") or "first"
+    batch = 32 if seen.rows < 2000 else 64
+    images = seen.image is not None
+    epochs = 10 if images else max(5, min(100, round(STEPS_WANTED * batch / max(seen.rows, 1))))
+    lines = [
+        f"# A first recipe for {seen.source}: {seen.rows} rows. Look at it with `fromzero plan`, then `fromzero train`.",
+        *_line("name", name, ""),
+        *_line("task", seen.task, seen.why.get("task", "as asked")),
+        *_line("model", model or ("cnn" if images else "mlp"), "as asked" if model else "small convolutions, for images" if images else "two hidden layers of 64, enough for most tables"),
+        "data:",
+        *_line("  train", _quoted(seen.source), ""),
+    ]
+    share = 0.2 if seen.rows < 1000 else 0.1
+    lines += _line("  hold_out", share, "kept aside to measure on; few rows need a larger share" if share == 0.2 else "kept aside to measure on")
+    if seen.target is not None:
+        lines += _line("  target", _quoted(seen.target), seen.why.get("data.target", ""))
+        lines.append(f"  input: [{', '.join(map(_quoted, seen.inputs))}]  # every other column that can be used")
+        lines += [f"  # left out: {column} {why}" for column, why in seen.set_aside.items()]
+    if seen.kind == "images" and not seen.same_size:
+        lines.append(f"  input: {{size: [{seen.image.height}, {seen.image.width}], channels: {seen.image.channels}}}  # sizes differ; this is the middle one")
+    if seen.task == "regress":
+        lines += _line("  scale_target", "standard", "learn in standard deviations; figures are in the data's own units")
+    if seen.classes:
+        lines.append(f"# {len(seen.classes)} classes: {', '.join(seen.classes[:12])}{' …' if len(seen.classes) > 12 else ''}")
+    lines += _line("optimizer", "{name: adamw, lr: 1e-3}" if images else "{name: adamw, lr: 3e-3}", "a sound start; the plan says if the loss rises with it")
+    lines += _line("batch", batch, "samples per step")
+    lines += _line("epochs", epochs, f"about {epochs * max(seen.rows // batch, 1)} steps")
+    return "\n".join(lines) + "\n"
+
+
+def _line(key: str, value: Any, why: str) -> list[str]:
+    return [f"{key}: {value}" + (f"  # {why}" if why else "")]
+
+
+def _quoted(text: str) -> str:
+    """Text that YAML reads back as the same text."""
+    plain = re.fullmatch(r"[A-Za-z_./][A-Za-z0-9_./-]*", text) and text.lower() not in _WORDS
+    return text if plain else "'" + text.replace("'", "''") + "'"
+
+
+_WORDS: Mapping[str, None] = dict.fromkeys(["true", "false", "null", "none", "yes", "no", "on", "off", "all", "auto"])

@@ -1,0 +1,449 @@
+"""The recipe's keys: each one typed field with its meaning, unit and default. Knows no torch, no file, no plan.
+
+The long form is what the fields hold; the short forms that people write (`freeze: body`, `limit: 500`,
+`optimizer: sgd`) are turned into it by the validators beside them. `none` in a recipe is None here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    field_validator,
+    model_validator,
+)
+
+
+@dataclass(frozen=True)
+class Given:
+    """A model, data set or function handed over from Python: a recipe holds it but cannot write it down."""
+
+    value: Any
+
+    def __str__(self) -> str:
+        return f"<given from Python: {type(self.value).__name__}>"
+
+
+def _none_is_a_word(value: Any) -> Any:
+    return None if value == "none" else value
+
+
+def _written(value: Any) -> Any:
+    return str(value) if isinstance(value, Given) else value
+
+
+def _opaque(value: Any) -> Any:
+    """Text stays text; anything that is not text was given from Python."""
+    if isinstance(value, Given) or value is None:
+        return value
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError("is empty")
+        if value.startswith("<given from Python"):
+            raise ValueError("was given from Python in the run that wrote this; hand it over again with fz.train(...)")
+        return value
+    if _plain(value):
+        raise ValueError("is not a text: a name, a file or a source")
+    return Given(value)
+
+
+def _plain(value: Any) -> bool:
+    """Whether a recipe file could hold this value."""
+    if isinstance(value, Mapping):
+        return all(map(_plain, value.values()))
+    if isinstance(value, (list, tuple)):
+        return all(map(_plain, value))
+    return isinstance(value, (str, int, float, bool))
+
+
+NoneWord = BeforeValidator(_none_is_a_word)
+Source = Annotated[Any, BeforeValidator(_opaque), PlainSerializer(_written)]
+
+
+class Section(BaseModel):
+    """A frozen group of keys that refuses unknown ones."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+def _short(key: str) -> Any:
+    """Let a section be written as one word or number, which then is the value of `key`."""
+
+    def lengthen(value: Any) -> Any:
+        if isinstance(value, (str, int, float, list, tuple)) and not isinstance(value, bool):
+            return {key: value}
+        return value
+
+    return BeforeValidator(lengthen)
+
+
+# ------------------------------------------------------------------------------------------- model
+
+
+class Model(BaseModel):
+    """Where the model comes from; every further key is an option of that model."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True, populate_by_name=True)
+    source: Source = Field(alias="from", description="catalogue name, FILE.py:CLASS, run:NAME or a run's folder")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class Head(Section):
+    """`keep`, or `new`: the last Linear is replaced by one sized from the data."""
+
+    new: bool = Field(False, description="true: replace the last Linear by a fresh one sized from the data")
+    layer: Annotated[str | None, NoneWord] = Field(None, description="name of the Linear to replace, where it cannot be found")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        if value in ("keep", "new"):
+            return {"new": value == "new"}
+        if isinstance(value, str):
+            raise ValueError("is not keep, new or {new: true, layer: NAME}")
+        return value
+
+
+class Freeze(Section):
+    """`none`, `body`, `{through: LAYER}` or a list of globs of parameter names."""
+
+    body: bool = Field(False, description="freeze all but the head (the last Linear)")
+    through: Annotated[str | None, NoneWord] = Field(None, description="freeze every layer up to and including this one, in the order they run")
+    names: tuple[str, ...] = Field((), description="globs of parameter names to freeze")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        if value is None or value == "none":
+            return {}
+        if value == "body":
+            return {"body": True}
+        if isinstance(value, (list, tuple)):
+            return {"names": value}
+        if isinstance(value, str):
+            raise ValueError("is not none, body, {through: LAYER} or a list of globs of parameter names")
+        return value
+
+    @property
+    def nothing(self) -> bool:
+        return not (self.body or self.through or self.names)
+
+
+# -------------------------------------------------------------------------------------------- data
+
+
+class Limit(Section):
+    """A sample of the training examples, fixed by the seed."""
+
+    examples: int | None = Field(None, ge=1, description="keep this many training examples")
+    per_class: int | None = Field(None, ge=1, description="keep this many training examples of each class")
+
+
+class Augment(Section):
+    """Random changes of training images, drawn from (seed, epoch, sample)."""
+
+    shift: float = Field(0.0, ge=0, lt=1, description="largest shift, as a share of the image's side")
+    rotate: float = Field(0.0, ge=0, le=180, description="largest rotation, degrees")
+    flip: bool = Field(False, description="mirror left and right, half of the time")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        if value == "light":
+            return {"shift": 0.08, "rotate": 8.0}
+        if isinstance(value, str):
+            raise ValueError("is not none, light or {shift: …, rotate: …, flip: …}")
+        return value
+
+
+class ImageInput(Section):
+    """How images are read when `input` is long: needed where their sizes differ."""
+
+    size: tuple[int, int] = Field(description="height and width in pixels; one number stands for both")
+    channels: Literal[1, 3] = Field(3, description="1 grey, 3 colours")
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @field_validator("size")
+    @classmethod
+    def _positive(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if min(value) < 1 or max(value) > 4096:
+            raise ValueError("is not between 1 and 4096 pixels a side")
+        return value
+
+
+MissingPolicy = Literal["auto", "median", "mean", "zero", "category", "drop", "error"]
+
+
+class Data(Section):
+    """What to learn from, and what of it is kept aside."""
+
+    train: Source = Field(description="a named set, a file (csv, tsv, jsonl, json, parquet, npz, pt), an image folder or a pypi: source")
+    validation: Annotated[Source, NoneWord] = Field(None, description="a file or folder of its own for validation")
+    hold_out: float = Field(0.1, ge=0, lt=1, description="share of train kept for validation: stratified, split by distinct content, fixed by seed")
+    input: ImageInput | tuple[str, ...] | None = Field(None, description="input columns (or npz arrays); for images {size: …, channels: …}")
+    target: Annotated[str | None, NoneWord] = Field(None, description="column (or npz array) of the answer")
+    classes: tuple[str, ...] | None = Field(None, description="keep only these classes, in this order")
+    limit: Annotated[Limit | None, NoneWord, _short("examples")] = Field(None, description="a sample of the training examples fixed by the seed")
+    missing: dict[str, MissingPolicy] = Field({}, description="what an empty cell becomes, by column; auto: median and a flag, or a category of its own")
+    scale_target: Literal["none", "standard"] = Field("none", description="regress: learn the target in standard deviations from its mean")
+    skip_broken: int = Field(0, ge=0, description="how many unreadable images may be left out before the run is refused")
+    augment: Annotated[Augment | None, NoneWord] = Field(None, description="none, light, or {shift, rotate, flip}; images only")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, value: Any) -> Any:
+        return value if isinstance(value, Mapping) else {"train": value}
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _columns(cls, value: Any) -> Any:
+        if value is None or value == "none":
+            return None
+        if isinstance(value, str):
+            return (value,)
+        return value
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _all(cls, value: Any) -> Any:
+        if value is None or value == "all":
+            return None
+        if not isinstance(value, (list, tuple)) or not value:
+            raise ValueError("is not all or a list of class names")
+        return tuple(str(name) for name in value)
+
+
+# --------------------------------------------------------------------------- loss, optimizer, clock
+
+
+class CrossEntropy(Section):
+    name: Literal["cross_entropy"] = "cross_entropy"
+    label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the answer spread over all classes")
+    class_weights: tuple[float, ...] | Literal["balanced"] | None = Field(None, description="one weight a class, or balanced: inverse to its frequency in train")
+
+
+class BinaryCrossEntropy(Section):
+    name: Literal["bce"] = "bce"
+    pos_weight: float = Field(1.0, gt=0, description="weight of the positive answers")
+
+
+class SquaredError(Section):
+    name: Literal["mse"] = "mse"
+
+
+class AbsoluteError(Section):
+    name: Literal["mae"] = "mae"
+
+
+class Huber(Section):
+    name: Literal["huber"] = "huber"
+    delta: float = Field(1.0, gt=0, description="where the square turns into a line, in units of the target")
+
+
+class OwnLoss(Section):
+    name: Literal["own"] = "own"
+    function: Source = Field(description="FILE.py:FUNCTION taking (outputs, targets) and returning (sum, count)")
+
+
+Loss = Annotated[
+    CrossEntropy | BinaryCrossEntropy | SquaredError | AbsoluteError | Huber | OwnLoss,
+    Field(discriminator="name"),
+]
+
+
+class Optimizer(Section):
+    """Keys that every optimizer has."""
+
+    lr: float = Field(1e-3, gt=0, description="learning rate: size of a step")
+    weight_decay: float = Field(0.0, ge=0, description="pull of the weights towards zero")
+    lr_scale: dict[str, float] = Field({}, description="globs of parameter names → multiplier of lr")
+
+    @field_validator("lr_scale")
+    @classmethod
+    def _not_negative(cls, value: dict[str, float]) -> dict[str, float]:
+        if any(scale < 0 for scale in value.values()):
+            raise ValueError("multipliers are 0 or more")
+        return value
+
+
+class SGD(Optimizer):
+    name: Literal["sgd"] = "sgd"
+    lr: float = Field(0.01, gt=0, description="learning rate: size of a step")
+    momentum: float = Field(0.0, ge=0, lt=1, description="share of the last step that is repeated")
+    nesterov: bool = Field(False, description="look ahead along the momentum")
+
+    @model_validator(mode="after")
+    def _nesterov_has_momentum(self) -> Self:
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs a momentum above 0, such as momentum: 0.9")
+        return self
+
+
+class RMSProp(Optimizer):
+    name: Literal["rmsprop"] = "rmsprop"
+    lr: float = Field(0.01, gt=0, description="learning rate: size of a step")
+    alpha: float = Field(0.99, ge=0, lt=1, description="memory of the squared gradient")
+    eps: float = Field(1e-8, gt=0, description="keeps the division finite")
+    momentum: float = Field(0.0, ge=0, lt=1, description="share of the last step that is repeated")
+
+
+class Adam(Optimizer):
+    name: Literal["adam"] = "adam"
+    betas: tuple[float, float] = Field((0.9, 0.999), description="memory of the gradient and of its square")
+    eps: float = Field(1e-8, gt=0, description="keeps the division finite")
+
+
+class AdamW(Optimizer):
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = Field((0.9, 0.999), description="memory of the gradient and of its square")
+    eps: float = Field(1e-8, gt=0, description="keeps the division finite")
+    weight_decay: float = Field(0.01, ge=0, description="pull of the weights towards zero, apart from the gradient")
+
+
+AnyOptimizer = Annotated[SGD | RMSProp | Adam | AdamW, Field(discriminator="name")]
+
+
+class Schedule(Section):
+    """How the learning rate moves over the optimizer steps."""
+
+    name: Literal["constant", "linear", "cosine", "step", "one_cycle"] = Field("constant", description="the shape after the warm-up")
+    warmup: float = Field(0.0, ge=0, description="linear rise from 0: steps, or below 1 a share of all steps")
+    floor: float = Field(0.0, ge=0, le=1, description="linear, cosine: where it ends, as a share of lr")
+    every: float = Field(0.34, gt=0, description="step: between drops, steps, or below 1 a share of all steps")
+    factor: float = Field(0.1, gt=0, lt=1, description="step: lr is multiplied by this at each drop")
+    peak_at: float = Field(0.3, gt=0, lt=1, description="one_cycle: share of the steps after which lr is at its top")
+
+
+class Evaluate(Section):
+    every: Literal["epoch"] | Annotated[int, Field(ge=1)] = Field("epoch", description="epoch, or a number of optimizer steps")
+    keep: Literal["best", "last"] = Field("best", description="which weights the run's model has: lowest validation loss, or the last")
+    stop_after: Annotated[int | None, NoneWord, Field(ge=1)] = Field(None, description="stop after this many evaluations without a lower loss")
+
+
+class Save(Section):
+    every: Literal["auto", "epoch"] | Annotated[int, Field(ge=1)] = Field("auto", description="auto: at most once a minute; epoch; or optimizer steps")
+    keep: int = Field(2, ge=1, description="how many checkpoints stay")
+
+
+class Limits(Section):
+    """What the planner may use. Nothing here may change the mathematics."""
+
+    memory: Annotated[float | Literal["auto"], Field()] = Field("auto", description="bytes, as a number or 2GB; auto: four fifths of what is free")
+    seconds: Annotated[float | None, NoneWord, Field(gt=0)] = Field(None, description="stop after this time, saved, with exit code 3")
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="most samples in memory at once")
+    threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="CPU threads")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda where there is one, else cpu")
+
+    @field_validator("memory", mode="before")
+    @classmethod
+    def _units(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value == "auto":
+            return value
+        text = value.strip().upper().removesuffix("B").removesuffix("I")
+        scale = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}.get(text[-1:], 1.0)
+        try:
+            return float(text.rstrip("KMGT")) * scale
+        except ValueError:
+            raise ValueError("is not auto, a number of bytes, or like 500MB or 2GB") from None
+
+
+# ------------------------------------------------------------------------------------------ recipe
+
+METRICS = ("accuracy", "macro_f1", "r2", "rmse", "mae")
+
+
+class Recipe(Section):
+    """What to train. It defines the mathematics of a run, completely, and nothing else."""
+
+    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="folder name of the run; the recipe's file name if left out")
+    task: Literal["classify", "regress"] = Field(description="classify (name a class) or regress (predict numbers)")
+    model: Model = Field(description="a catalogue name, FILE.py:CLASS, run:NAME, or {from: …, any option of that model}")
+    head: Head = Field(Head(), description="keep | new (sized from the data)")
+    freeze: Freeze = Field(Freeze(), description="none | body | {through: LAYER} | [globs of parameter names]")
+    data: Data = Field(description="a source, or a section")
+    loss: Loss | None = Field(None, description="auto | cross_entropy | bce | mse | mae | huber | FILE.py:FUNCTION, with options")
+    metrics: tuple[Literal["accuracy", "macro_f1", "r2", "rmse", "mae"], ...] | None = Field(None, description="auto, or a list")
+    optimizer: AnyOptimizer = Field(AdamW(), description="adamw | adam | sgd | rmsprop, with options")
+    schedule: Annotated[Schedule, _short("name")] = Field(Schedule(), description="constant | linear | cosine | step | one_cycle, with warmup")
+    batch: Annotated[int, Field(ge=1)] | Literal["all"] = Field(64, description="samples per optimizer step; all: gradient descent")
+    epochs: float | None = Field(None, gt=0, description="passes over the training data (10 if neither this nor steps is given)")
+    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    clip: Annotated[float | None, NoneWord, Field(gt=0)] = Field(None, description="largest norm of the whole gradient")
+    precision: Literal["float32", "float64", "bf16", "auto"] = Field("float32", description="float32 | float64 | bf16 | auto (bf16 where the device has it)")
+    seed: int = Field(0, ge=0, lt=2**63, description="first weights, split, order and dropout follow from it")
+    evaluate: Annotated[Evaluate, _short("every")] = Field(Evaluate(), description="when to measure on the validation data, and what to keep")
+    save: Annotated[Save, _short("every")] = Field(Save(), description="when to write a checkpoint")
+    limits: Limits = Field(Limits(), description="what the planner may use")
+    report: tuple[Literal["console", "page", "tensorboard"], ...] = Field(("console", "page"), description="console, page (curves as HTML in the run's folder), tensorboard")
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _model_name(cls, value: Any) -> Any:
+        return value if isinstance(value, (Mapping, Model)) else {"from": value}
+
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _loss_name(cls, value: Any) -> Any:
+        if isinstance(value, Given) or callable(value) or (isinstance(value, str) and ".py:" in value):
+            return {"name": "own", "function": value}
+        if isinstance(value, str):
+            return None if value in ("auto", "none") else {"name": value}
+        return value
+
+    @field_validator("optimizer", mode="before")
+    @classmethod
+    def _optimizer_name(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return {"name": value}
+        if isinstance(value, Mapping) and "name" not in value:
+            return {"name": "adamw", **value}
+        return value
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _auto(cls, value: Any) -> Any:
+        return None if value in ("auto", "none") else value
+
+    @model_validator(mode="after")
+    def _one_duration(self) -> Self:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("epochs and steps are both given; the length of a run is one of them")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> Self:
+        name = self.loss_name
+        if self.task == "classify" and name in ("mse", "mae", "huber"):
+            raise ValueError(f"task classify names classes, but loss {name} measures numbers; use cross_entropy or bce, or task: regress")
+        if self.task == "regress" and name in ("cross_entropy", "bce"):
+            raise ValueError(f"task regress predicts numbers, but loss {name} compares classes; use mse, mae or huber, or task: classify")
+        wrong = [m for m in self.metric_names if (m in ("accuracy", "macro_f1")) != (self.task == "classify")]
+        if wrong:
+            raise ValueError(f"metric {wrong[0]} does not belong to task {self.task}")
+        return self
+
+    @property
+    def loss_name(self) -> str:
+        if self.loss is not None:
+            return self.loss.name
+        return "cross_entropy" if self.task == "classify" else "mse"
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        if self.metrics is not None:
+            return self.metrics
+        return ("accuracy", "macro_f1") if self.task == "classify" else ("r2", "rmse", "mae")

@@ -1,0 +1,86 @@
+"""Events: what the loop says while it runs. Values that flow out; nothing flows back. Knows no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Planned:
+    """The plan in short. seconds: predicted, None where nothing was measured."""
+
+    run: str
+    steps: int
+    steps_per_epoch: int
+    parameters: int
+    trainable_parameters: int
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class Started:
+    """Training begins, at a step that is not 0 when it goes on from a checkpoint. started_at: Unix seconds."""
+
+    run: str
+    folder: str
+    step: int
+    started_at: float
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One optimizer step. loss: mean per sample of this batch; norm: of the whole gradient, None where not clipped."""
+
+    step: int
+    epoch: int
+    samples: int
+    loss: float
+    lr: float
+    norm: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Loss and metrics on the validation data; train_loss is the mean since the last evaluation."""
+
+    step: int
+    epoch: int
+    loss: float
+    train_loss: float
+    metrics: dict[str, float] = field(default_factory=dict)
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is whole on the disk."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """Something a person should know; it does not stop the run."""
+
+    what: str
+    mend: str = ""
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end. status: done | interrupted | stopped; result: what `train --json` prints."""
+
+    status: str
+    step: int
+    seconds: float
+    result: dict[str, Any] = field(default_factory=dict)
+
+
+Event = Planned | Started | StepDone | Evaluated | Saved | Warned | Finished
+
+
+def as_json(event: Event) -> dict[str, Any]:
+    """An event as one flat JSON object, its kind under `event`."""
+    return {"event": type(event).__name__, **asdict(event)}

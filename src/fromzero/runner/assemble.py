@@ -1,0 +1,185 @@
+"""Assemble: a plan and its data in, the objects of a run out. The only place that knows both plan and constructors."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fromzero.data import Augmentation, Classes, Examples, Loaded
+from fromzero.data.load import find_path
+from fromzero.errors import ModelError, RecipeError
+from fromzero.models import MODELS, blueprint_of_file, blueprint_of_name, blueprint_of_object, seeded
+from fromzero.objectives import LOSSES, Metrics
+from fromzero.optim import lr_factor, make_optimizer, parameter_groups
+from fromzero.planner.values import Plan
+from fromzero.recipe.schema import Given, OwnLoss, Recipe
+from fromzero.runner.saved import Design, SavedModel, find_model, read_model
+from fromzero.runner.judge import Judge, Loss
+from fromzero.tuning import Frozen, freeze, new_head
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}  # of the master weights
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a recipe's names lead: folders for relative paths, in this order, and the runs."""
+
+    folders: tuple[Path, ...]
+    runs: Path
+
+
+@dataclass
+class Job:
+    """Everything the loop works with."""
+
+    plan: Plan
+    model: nn.Module
+    design: Design
+    frozen: Frozen
+    train: Examples
+    validation: Examples | None
+    judge: Judge
+    optimizer: torch.optim.Optimizer
+    factor: Callable[[int], float]  # step → multiplier of every learning rate
+    augment: Augmentation | None
+    device: torch.device
+    saved: SavedModel
+
+
+def build_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module, Design]:
+    """The model as its source gives it, with first weights fixed by the seed, before head and freeze."""
+    source, options = recipe.model.source, recipe.model.options
+    if isinstance(source, Given):
+        blueprint = blueprint_of_object(source.value, options)
+        if isinstance(source.value, nn.Module):
+            return copy.deepcopy(source.value), Design(type(source.value).__name__, blueprint)
+        if not callable(source.value):
+            raise ModelError(f"{type(source.value).__name__} is no model", mend="give a torch.nn.Module, its class, or a name", key="model")
+        built = seeded(recipe.seed, lambda: source.value(**options))
+        return built, Design(getattr(source.value, "__name__", "model"), blueprint)
+    folder = None if source in MODELS else next((f / source for f in place.folders if (f / source).is_dir()), None)
+    if source.startswith("run:") or folder is not None:
+        if options:
+            raise RecipeError(f"a trained model takes no options ({', '.join(options)})", mend="remove them", key="model")
+        saved = read_model(find_model(source if folder is None else str(folder), place.runs))
+        return saved.load(), saved.design
+    if ".py:" in source:
+        file, _, name = source.rpartition(":")
+        blueprint = blueprint_of_file(find_path(file, place.folders), name, options)
+    else:
+        blueprint = blueprint_of_name(source, loaded.facts.input_shape, loaded.facts.outputs, options)
+    return seeded(recipe.seed, blueprint.build), Design(blueprint.name, blueprint)
+
+
+def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
+    """Build every object of the run. torch's random state is the caller's to set."""
+    recipe = plan.recipe
+    model, design = build_model(recipe, loaded, place)
+    if recipe.head.new:
+        layer = recipe.head.layer or plan.facts.model.head
+        model = seeded(recipe.seed, lambda: new_head(model, layer, loaded.facts.outputs, linears=plan.facts.model.linears))
+        design = Design(design.name, design.blueprint, (*design.heads, (layer or "", loaded.facts.outputs)))
+    device, dtype = torch.device(plan.device), DTYPES[plan.precision]
+    model.to(device, dtype)
+    frozen = plan.facts.frozen
+    freeze(model, frozen)
+    spec = recipe.optimizer
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    groups = parameter_groups(trained, spec.lr, spec.lr_scale)
+    options = spec.model_dump(exclude={"name", "lr", "lr_scale"})
+    schedule = recipe.schedule.model_dump(exclude={"name"})
+    return Job(
+        plan=plan,
+        model=model,
+        design=design,
+        frozen=frozen,
+        train=loaded.train,
+        validation=loaded.validation,
+        judge=make_judge(plan, loaded, place),
+        optimizer=make_optimizer(spec.name, groups, **options),
+        factor=lambda step: lr_factor(recipe.schedule.name, step, plan.steps, **schedule),
+        augment=_augmentation(recipe, loaded),
+        device=device,
+        saved=SavedModel(design, loaded.preparation, recipe.task, recipe.loss_name, Path()),
+    )
+
+
+def _outputs(plan: Plan) -> int:
+    shape = plan.facts.model.output_shape
+    return shape[-1] if shape else 1
+
+
+def _augmentation(recipe: Recipe, loaded: Loaded) -> Augmentation | None:
+    asked = recipe.data.augment
+    if asked is None:
+        return None
+    if len(loaded.facts.input_shape) != 3:
+        raise RecipeError(f"augments images, but the inputs have shape {loaded.facts.input_shape}", mend="remove it", key="data.augment")
+    return Augmentation(asked.shift, asked.rotate, asked.flip)
+
+
+def make_judge(plan: Plan, loaded: Loaded, place: Place) -> Judge:
+    """The recipe's loss with its options, and its metrics."""
+    recipe, device, dtype = plan.recipe, torch.device(plan.device), DTYPES[plan.precision]
+    return Judge(
+        loss=_loss(plan, loaded, place, device, dtype),
+        metrics=Metrics(recipe.metric_names, outputs=_outputs(plan), binary=recipe.loss_name == "bce"),
+        answers=loaded.preparation.answers,
+        device=device,
+        dtype=dtype,
+        around=(lambda: torch.autocast(device.type, torch.bfloat16)) if plan.precision == "bf16" else nullcontext,
+        batch=plan.micro_batch,
+    )
+
+
+def _loss(plan: Plan, loaded: Loaded, place: Place, device: torch.device, dtype: torch.dtype) -> Loss:
+    recipe = plan.recipe
+    spec = recipe.loss
+    options: dict[str, Any] = spec.model_dump(exclude={"name", "function"}) if spec is not None else {}
+    if "class_weights" in options:
+        options["class_weights"] = _class_weights(options["class_weights"], plan, loaded, device, dtype)
+    function = _own_loss(spec, place) if isinstance(spec, OwnLoss) else LOSSES[recipe.loss_name]
+    return partial(function, **options)
+
+
+def _class_weights(asked: Any, plan: Plan, loaded: Loaded, device: torch.device, dtype: torch.dtype) -> Tensor | None:
+    if asked is None:
+        return None
+    width = _outputs(plan)
+    answers = loaded.preparation.answers
+    if not isinstance(answers, Classes):
+        raise RecipeError("weights classes, but the answers are no classes", mend="remove it", key="loss.class_weights")
+    if asked == "balanced":
+        counts = [max(loaded.facts.train_counts.get(n, 0), 1) for n in answers.names]
+        asked = [sum(counts) / (len(counts) * c) for c in counts]
+    if len(asked) != len(answers.names):
+        raise RecipeError(f"has {len(asked)} weights, the data {len(answers.names)} classes", mend=f"one for each of {', '.join(answers.names[:12])}", key="loss.class_weights")
+    weights = [float(w) for w in asked] + [1.0] * (width - len(asked))
+    return torch.tensor(weights, device=device, dtype=dtype)
+
+
+def _own_loss(spec: OwnLoss, place: Place) -> Callable[..., tuple[Tensor, Tensor]]:
+    if isinstance(spec.function, Given):
+        given: Callable[..., tuple[Tensor, Tensor]] = spec.function.value
+        return given
+    file, _, name = spec.function.rpartition(":")
+    path = find_path(file, place.folders)
+    module_spec = importlib.util.spec_from_file_location("fromzero_user_loss", path)
+    if module_spec is None or module_spec.loader is None:
+        raise RecipeError(f"'{spec.function}' is not FILE.py:FUNCTION", key="loss.function")
+    module = importlib.util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not hasattr(module, name):
+        raise RecipeError(f"{path} has no function '{name}'", key="loss.function")
+    function: Callable[..., tuple[Tensor, Tensor]] = getattr(module, name)
+    return function
+

@@ -1,0 +1,232 @@
+"""Execute: a plan in, a finished run out: folder, observers, signals, checkpoints and the result around the loop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fromzero.data import Loaded
+from fromzero.devices import peak_memory
+from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError
+from fromzero.planner.values import Plan
+from fromzero.report.events import Evaluated, Event, Finished, Planned, Saved, Started, Warned
+from fromzero.runner import checkpoint
+from fromzero.runner.assemble import Job, Place, assemble
+from fromzero.runner.folder import RESULT
+from fromzero.runner.loop import Best, train
+from fromzero.runner.progress import Progress
+from fromzero.runner.saved import write_model
+from fromzero.sources.cache import write_whole
+from fromzero.tuning import frozen_digest
+
+SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two checkpoints
+
+
+class Observer(Protocol):
+    """Hears every event; cannot touch training."""
+
+    def __call__(self, event: Event) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass
+class Stop:
+    """Why the loop should end after the step that is running: a signal's number, or `seconds`."""
+
+    reason: int | str | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A run that ended: its result (what `train --json` prints), and the module with the weights it keeps."""
+
+    folder: Path
+    result: dict[str, Any]
+    model: nn.Module
+
+
+def execute(plan: Plan, loaded: Loaded, place: Place, folder: Path, observers: Sequence[Observer], *, resume: bool = False) -> Outcome:
+    """Train into a folder, from the start or from its newest whole checkpoint.
+
+    raises: Interrupted after saving on Ctrl-C or SIGTERM; NumbersError where the numbers or limits.seconds stop it
+    """
+
+    def tell(event: Event) -> None:
+        for observer in observers:
+            observer(event)
+
+    with torch.random.fork_rng(devices=[]), _spoken_once(tell), _signals() as stop:
+        torch.set_num_threads(plan.threads)
+        torch.manual_seed(plan.recipe.seed)
+        job = assemble(plan, loaded, place)
+        torch.manual_seed(plan.recipe.seed)  # the draws of training do not depend on how the model was built
+        progress, best = Progress(), Best()
+        if resume:
+            progress = _go_on(folder, job, best, tell)
+        tell(_planned(plan, folder))
+        tell(Started(folder.name, str(folder), progress.step, time.time()))
+        before = frozen_digest(job.model, job.frozen)
+        run = _Run(job, progress, best, folder, tell, stop)
+        status, error = run.train()
+        if frozen_digest(job.model, job.frozen) != before:
+            raise FromzeroError("a frozen layer has changed during training", mend="please report it, with the recipe")
+        run.last_words(status)
+        result, kept = run.finish(status)
+        tell(Finished(status, progress.step, progress.seconds, result))
+    if error is not None:
+        raise error
+    job.model.load_state_dict(kept)
+    return Outcome(folder, result, job.model.eval())
+
+
+class _Run:
+    """What surrounds the loop: when to save, and what is left at the end."""
+
+    def __init__(self, job: Job, progress: Progress, best: Best, folder: Path, tell: Callable[[Event], None], stop: Stop) -> None:
+        self.job, self.progress, self.best, self.folder, self.tell, self.stop = job, progress, best, folder, tell, stop
+        self.saved_at, self.saved_step = time.monotonic(), progress.step
+        self.last: Evaluated | None = None
+        self.kept: Evaluated | None = None
+
+    def train(self) -> tuple[str, FromzeroError | None]:
+        recipe, plan = self.job.plan.recipe, self.job.plan
+        resume = f"fromzero resume {self.folder.name}"
+        try:
+            for event in train(self.job, self.progress, self.best, self._stopping):
+                self.tell(event)
+                if isinstance(event, Evaluated):
+                    self.last = event
+                    self.kept = event if event.best or recipe.evaluate.keep == "last" or self.kept is None else self.kept
+                self._maybe_save()
+        except NumbersError as error:
+            return "stopped", error
+        if self.progress.step < plan.steps and self.stop.reason is not None:
+            if self.stop.reason == "seconds":
+                return "stopped", NumbersError(f"limits.seconds: {recipe.limits.seconds:g} seconds are over after step {self.progress.step} of {plan.steps}", mend=f"{resume} goes on")
+            return "interrupted", Interrupted(f"stopped after step {self.progress.step} of {plan.steps}, saved", code=128 + int(self.stop.reason), mend=f"{resume} goes on from there")
+        return "done", None
+
+    def _stopping(self) -> bool:
+        limit = self.job.plan.recipe.limits.seconds
+        if limit is not None and self.progress.seconds > limit:
+            self.stop.reason = "seconds"
+        return self.stop.reason is not None
+
+    def _maybe_save(self) -> None:
+        every, step = self.job.plan.recipe.save.every, self.progress.step
+        if step == self.saved_step:
+            return
+        at_epoch_end = self.progress.index == 0
+        if isinstance(every, int):
+            due = step % every == 0
+        elif every == "epoch":
+            due = at_epoch_end
+        else:
+            due = time.monotonic() - self.saved_at > SAVE_SECONDS
+        if due:
+            self.save()
+
+    def save(self) -> None:
+        path = checkpoint.save(self.folder / "checkpoints", self.job, self.progress, self.best, keep=self.job.plan.recipe.save.keep)
+        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
+        self.tell(Saved(self.progress.step, str(path)))
+
+    def last_words(self, status: str) -> None:
+        """A run that was stopped is saved where it stands, so that it can go on."""
+        if status != "done" and self.progress.step and self.progress.step != self.saved_step:
+            self.save()
+
+    def finish(self, status: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """Write the model and the result."""
+        last = {name: tensor.detach() for name, tensor in self.job.model.state_dict().items()}
+        kept = self.best.weights if self.best.weights is not None else last
+        write_model(self.folder / "model", replace(self.job.saved, folder=self.folder / "model"), kept, last if kept is not last else None)
+        result = self._result(status)
+        write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
+        return result, kept
+
+    def _result(self, status: str) -> dict[str, Any]:
+        plan, progress, kept = self.job.plan, self.progress, self.kept
+        seconds = max(progress.seconds, 1e-9)
+        validated = {"loss": kept.loss, **kept.metrics} if kept is not None and self.job.validation is not None else {}
+        return {
+            "run": self.folder.name,
+            "status": status,
+            "task": plan.recipe.task,
+            "steps": progress.step,
+            "epochs": round(progress.samples / len(self.job.train), 4),
+            "seconds": round(progress.seconds, 3),
+            "samples_per_second": round(progress.samples / seconds, 1),
+            "tokens_per_second": None,
+            "parameters": plan.facts.model.parameters,
+            "trainable_parameters": plan.trainable_parameters,
+            "peak_memory_bytes": peak_memory(),
+            "predicted": {"seconds": plan.predicted_seconds, "peak_memory_bytes": plan.predicted_peak_bytes},
+            "train": {"loss": progress.train_loss if progress.loss_count == 0 else progress.loss_sum / progress.loss_count},
+            "validation": validated,
+            "kept_step": kept.step if kept is not None else progress.step,
+            "grade": plan.grade,
+        }
+
+
+def _planned(plan: Plan, folder: Path) -> Planned:
+    return Planned(folder.name, plan.steps, plan.steps_per_epoch, plan.facts.model.parameters, plan.trainable_parameters, plan.predicted_seconds)
+
+
+def _go_on(folder: Path, job: Job, best: Best, tell: Callable[[Event], None]) -> Progress:
+    step, skipped = checkpoint.find(folder / "checkpoints")
+    for what in skipped:
+        tell(Warned(what))
+    if step is None:
+        raise SourceError("has no whole checkpoint to go on from", why="; ".join(skipped), mend="fromzero train its recipe.yaml starts anew", file=str(folder))
+    return checkpoint.restore(step, job, best)
+
+
+@contextmanager
+def _spoken_once(tell: Callable[[Event], None]) -> Iterator[None]:
+    """Python warnings become events, each once."""
+    said: set[str] = set()
+
+    def show(message: Warning | str, *_: Any, **__: Any) -> None:
+        if str(message) not in said:
+            said.add(str(message))
+            tell(Warned(str(message).splitlines()[0][:300]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = show
+        yield
+
+
+@contextmanager
+def _signals() -> Iterator[Stop]:
+    """The first Ctrl-C or SIGTERM asks the loop to stop after its step; a second one ends at once."""
+    stop = Stop()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def ask(number: int, _: Any) -> None:
+        stop.reason = number
+        signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,70 @@
+"""Run folders: a name in, a fresh folder out; what a run writes about itself, and the list of all runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fromzero.errors import SourceError, UserError, did_you_mean
+from fromzero.recipe.read import write
+from fromzero.planner.values import Plan
+from fromzero.sources.cache import write_whole
+
+RESULT = "result.json"
+
+
+def new_folder(runs: Path, name: str) -> Path:
+    """`runs/name`, or `name-2`, `name-3` … where that is taken; two runs at once never get the same one."""
+    for number in range(1, 10_000):
+        folder = runs / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            if runs.exists() and not runs.is_dir():
+                break
+            continue
+        except OSError as error:
+            raise UserError(f"no run can be written there ({error.strerror})", file=str(folder), mend="name another folder with --runs") from None
+        return folder
+    raise UserError("is no folder that runs can be written to", file=str(runs), mend="name another one with --runs")
+
+
+def describe(folder: Path, plan: Plan, folders: Sequence[Path]) -> None:
+    """Write what is run: recipe, plan, environment.  folders: where the recipe's relative paths start"""
+    write_whole(folder / "recipe.yaml", write(plan.recipe).encode())
+    write_whole(folder / "plan.json", json.dumps({**plan.as_json(), "place": str(folders[0].resolve())}, indent=1).encode())
+    lines = [f"python {platform.python_version()}", f"platform {platform.platform()}", f"command {' '.join(sys.argv[:4])}"]
+    lines += sorted(f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"])
+    write_whole(folder / "environment.txt", ("\n".join(dict.fromkeys(lines)) + "\n").encode())
+
+
+def find_run(runs: Path, name: str) -> Path:
+    """`NAME`, `run:NAME` or the folder itself.  raises: SourceError naming the nearest run"""
+    short = name.removeprefix("run:")
+    for folder in (runs / short, Path(short)):
+        if (folder / "recipe.yaml").is_file() and short not in ("", ".", ".."):
+            return folder
+    there = [p.name for p in sorted(runs.iterdir()) if (p / "recipe.yaml").is_file()] if runs.is_dir() else []
+    mend = did_you_mean(short, there) or (f"the runs are {', '.join(there[-8:])}" if there else "fromzero train RECIPE makes one")
+    raise SourceError(f"there is no run '{short}' in {runs}", mend=mend)
+
+
+def list_runs(runs: Path) -> list[dict[str, Any]]:
+    """One row a run, oldest first: what its result says, or how far it came."""
+    rows = []
+    for folder in runs.iterdir() if runs.is_dir() else []:
+        if not (folder / "recipe.yaml").is_file():
+            continue
+        row: dict[str, Any] = {"run": folder.name, "status": "unfinished", "task": "", "steps": 0, "seconds": None, "validation": {}}
+        try:
+            row |= json.loads((folder / RESULT).read_text())
+        except (OSError, ValueError):
+            steps = [int(p.name.removeprefix("step-")) for p in (folder / "checkpoints").glob("step-*") if p.suffix == ""]
+            row["steps"] = max(steps, default=0)
+        rows.append({**row, "created": (folder / "recipe.yaml").stat().st_mtime})
+    return sorted(rows, key=lambda row: (row["created"], row["run"]))

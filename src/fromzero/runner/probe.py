@@ -1,0 +1,76 @@
+"""Probe: a plan and its data in, what a few real steps showed out. It works on objects of its own and throws them away."""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from dataclasses import replace
+
+import torch
+
+from fromzero.data import Loaded
+from fromzero.devices import peak_memory
+from fromzero.planner.values import Measured, Plan
+from fromzero.runner.assemble import Job, Place, assemble
+from fromzero.runner.loop import clip, pieces, set_learning_rate
+from fromzero.runner.step import gradients
+from fromzero.tuning import set_training
+
+STEPS = 3  # counted, after one that warms up
+MOST_SECONDS = 3.0
+MOST_SAMPLES = 4096  # of a very large batch a part is measured
+
+
+def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
+    """Take a few steps on one batch. torch's random state is put back; the given module is never touched."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the run itself says them once
+        torch.manual_seed(plan.recipe.seed)
+        torch.set_num_threads(plan.threads)
+        job = assemble(replace(plan, steps=max(plan.steps, STEPS + 1)), loaded, place)
+        index = torch.arange(min(plan.batch, MOST_SAMPLES))
+        set_training(job.model, job.frozen)
+        losses, seconds, silent = _steps(job, index)
+        evaluate_seconds = _evaluation(job, index)
+    return Measured(
+        step_seconds=statistics.median(seconds),
+        evaluate_seconds=evaluate_seconds,
+        losses=tuple(losses),
+        silent=silent,
+        peak_bytes=peak_memory(),
+        batch=len(index),
+    )
+
+
+def _steps(job: Job, index: torch.Tensor) -> tuple[list[float], list[float], tuple[str, ...]]:
+    losses: list[float] = []
+    seconds: list[float] = []
+    silent: tuple[str, ...] = ()
+    begun = time.perf_counter()
+    for step in range(STEPS + 1):
+        started = time.perf_counter()
+        set_learning_rate(job, step)
+        job.optimizer.zero_grad()
+        total, count = gradients(job.model, pieces(job, index, 0), job.judge.loss, job.judge.around)
+        losses.append(total / count if count else float("nan"))
+        if step == 0:
+            trained = [(n, p) for n, p in job.model.named_parameters() if p.requires_grad]
+            silent = tuple(n for n, p in trained if p.grad is None or not p.grad.any())
+        if job.plan.recipe.clip is not None:
+            clip(job)
+        job.optimizer.step()
+        seconds.append(time.perf_counter() - started)
+        if time.perf_counter() - begun > MOST_SECONDS:
+            break
+    return losses, seconds[1:] or seconds, silent
+
+
+@torch.no_grad()
+def _evaluation(job: Job, index: torch.Tensor) -> float:
+    job.model.eval()
+    batch = job.judge.on_device(*job.train.take(index))
+    started = time.perf_counter()
+    with job.judge.around():
+        job.model(batch[0]).sum().item()
+    return time.perf_counter() - started

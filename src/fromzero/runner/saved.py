@@ -1,0 +1,144 @@
+"""Saved models: a trained module and what is needed to use it in, a folder out, and back in one call.
+
+    model/model.json            how to build it, how its inputs and answers were prepared, digests
+    model/weights.safetensors   the weights the run keeps
+    model/final.safetensors     the last weights, where the kept ones are older
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+
+from fromzero.data import Classes, ImageFormat, Numbers, Preparation, Soft
+from fromzero.data.columns import Columns
+from fromzero.data.sources import ArrayFormat
+from fromzero.errors import ModelError, SourceError, did_you_mean
+from fromzero.models import Blueprint, seeded
+from fromzero.sources.cache import write_whole
+from fromzero.tuning import new_head
+from fromzero.weights import check_fit, read_tensors, write_tensors
+
+VERSION = 1
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Columns, ImageFormat, ArrayFormat, Classes, Numbers, Soft)}
+
+
+@dataclass(frozen=True)
+class Design:
+    """How a model is built. heads: (layer, outputs) in the order they were replaced; blueprint: None if it must be given."""
+
+    name: str
+    blueprint: Blueprint | None
+    heads: tuple[tuple[str, int], ...] = ()
+
+    def build(self, given: nn.Module | None = None) -> nn.Module:
+        """given: the module from Python, where the design cannot be written down"""
+        if given is not None:
+            model = given
+        elif self.blueprint is None:
+            raise ModelError(f"{self.name} was given from Python and cannot be rebuilt from the run", mend="give it again: fz.load('run:…', model=Net())")
+        else:
+            model = seeded(0, self.blueprint.build)
+        for layer, outputs in self.heads:
+            model = new_head(model, layer, outputs, linears=())
+        return model
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """What a model folder holds, without its weights."""
+
+    design: Design
+    preparation: Preparation
+    task: str
+    loss: str
+    folder: Path
+    weights: dict[str, str] = field(default_factory=dict)  # file → SHA-256
+
+    def load(self, given: nn.Module | None = None) -> nn.Module:
+        """The module with the kept weights, in eval mode.  raises: SourceError, ModelError"""
+        path = self.folder / "weights.safetensors"
+        tensors = read_tensors(path, sha256=self.weights.get(path.name))
+        model = self.design.build(given)
+        state = model.state_dict()
+        check_fit(state, tensors, file=str(path))
+        dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
+        model.to(dtype=dtype)
+        model.load_state_dict(tensors)
+        return model.eval()
+
+
+def write_model(folder: Path, saved: SavedModel, kept: Mapping[str, Tensor], last: Mapping[str, Tensor] | None) -> None:
+    """Write weights first and the description last, so that a description is never without its weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    digests = {"weights.safetensors": write_tensors(folder / "weights.safetensors", kept)}
+    if last is not None:
+        digests["final.safetensors"] = write_tensors(folder / "final.safetensors", last)
+    values = {
+        "version": VERSION,
+        "task": saved.task,
+        "loss": saved.loss,
+        "design": asdict(saved.design),
+        "preparation": {
+            "inputs": {"kind": type(saved.preparation.inputs).__name__, **asdict(saved.preparation.inputs)},
+            "answers": {"kind": type(saved.preparation.answers).__name__, **asdict(saved.preparation.answers)},
+            "target": saved.preparation.target,
+        },
+        "weights": digests,
+    }
+    write_whole(folder / "model.json", json.dumps(values, indent=1).encode())
+
+
+def read_model(folder: Path) -> SavedModel:
+    """raises: SourceError where the folder is no model of ours"""
+    path = folder / "model.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        parts = values["preparation"]
+        inputs, answers = (TypeAdapter(_KINDS[p.pop("kind")]).validate_python(p) for p in (parts["inputs"], parts["answers"]))
+        design = TypeAdapter(Design).validate_python(values["design"])
+        preparation = Preparation(inputs, answers, parts["target"])
+        return SavedModel(design, preparation, values["task"], values["loss"], folder, values["weights"])
+    except FileNotFoundError:
+        raise SourceError("holds no model (no model.json)", why=_foreign(folder), file=str(folder), mend="name a run's folder or run:NAME") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
+        raise SourceError(f"is no model description of ours ({type(error).__name__}: {str(error)[:120]})", file=str(path)) from None
+
+
+def _foreign(folder: Path) -> str:
+    """What a folder of another kind asks for, by name; nothing in it is imported."""
+    config = folder / "config.json"
+    if config.is_file() and "auto_map" in config.read_text(encoding="utf-8", errors="replace"):
+        return f"{config} asks for code of its own (auto_map); it was not run"
+    code = sorted(p.name for p in folder.glob("*.py")) if folder.is_dir() else []
+    return f"it brings code ({', '.join(code[:3])}), which was not run" if code else ""
+
+
+def find_model(source: str, runs: Path) -> Path:
+    """`run:NAME`, a run's folder or its model folder → the model folder.
+
+    A folder outside the runs is opened only if its model needs no code of its own.
+    """
+    if source.startswith("run:"):
+        name = source.removeprefix("run:")
+        folder = runs / name
+        if not folder.is_dir() or "/" in name or name in ("", ".", ".."):
+            there = sorted(p.name for p in runs.iterdir() if (p / "recipe.yaml").exists()) if runs.is_dir() else []
+            mend = did_you_mean(name, there) or (f"the runs are {', '.join(there[-8:])}" if there else "fromzero train RECIPE makes one")
+            raise SourceError(f"there is no run '{name}' in {runs}", mend=mend, key="model")
+        if not (folder / "model" / "model.json").exists():
+            raise SourceError(f"run '{name}' has not saved a model yet", mend=f"fromzero resume {name}", key="model")
+        return folder / "model"
+    folder = Path(source)
+    model = folder if (folder / "model.json").exists() else folder / "model" if (folder / "model" / "model.json").exists() else folder
+    if runs.resolve() not in model.resolve().parents and (model / "model.json").exists():
+        blueprint = read_model(model).design.blueprint
+        if blueprint is not None and blueprint.kind == "code":
+            raise SourceError(f"its model.json brings Python code ({blueprint.name})", why="code of a folder outside your runs is not run", mend=f"if you trust it, move the run into {runs}", file=str(model))
+    return model

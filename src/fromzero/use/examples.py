@@ -1,0 +1,66 @@
+"""Examples: prepared data in, pictures of it for the terminal out, as the model sees it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fromzero.data import Classes, Loaded, Numbers
+from fromzero.data.columns import Columns
+
+_SHADES = " .:-=+*#%@"
+MOST_COLUMNS = 72
+
+
+def show_examples(loaded: Loaded, count: int) -> tuple[str, list[dict[str, Any]]]:
+    """The first training examples of the split: text for people, values for programs."""
+    inputs, targets = loaded.train.take(torch.arange(min(count, len(loaded.train))))
+    names = _input_names(loaded)
+    shown, values = [], []
+    for i in range(len(inputs)):
+        answer = _answer(loaded, targets[i])
+        shown.append(f"example {i}: {answer}\n{_picture(inputs[i], names)}")
+        values.append({"answer": answer, "shape": list(inputs[i].shape), "input": inputs[i].tolist()})
+    return "\n\n".join(shown), values
+
+
+def _answer(loaded: Loaded, target: Tensor) -> str:
+    answers = loaded.preparation.answers
+    if isinstance(answers, Classes):
+        return answers.names[int(target.reshape(-1)[0])]
+    if isinstance(answers, Numbers):
+        restored = answers.restored(target.reshape(1, -1))[0].tolist()
+        return ", ".join(f"{n} {v:.6g}" for n, v in zip(answers.names, restored, strict=True))
+    return ", ".join(f"{v:.3g}" for v in target.reshape(-1).tolist()[:12])
+
+
+def _input_names(loaded: Loaded) -> list[str]:
+    form = loaded.preparation.inputs
+    if not isinstance(form, Columns):
+        return []
+    names: list[str] = []
+    for column in form.columns:
+        if column.kind == "number":
+            names += [column.name] + [f"{column.name} empty"] * column.flag
+        else:
+            names += [f"{column.name}={word}" for word in column.categories] + [f"{column.name} empty"] * (column.policy == "category")
+    return names
+
+
+def _picture(example: Tensor, names: list[str]) -> str:
+    if example.ndim == 3:
+        return _image(example.mean(0))
+    flat = example.reshape(-1).tolist()
+    if names:
+        return "\n".join(f"  {name:<32.32} {value:>9.4g}" for name, value in zip(names, flat, strict=True))
+    return "  " + ", ".join(f"{v:.4g}" for v in flat[:24]) + (f" … ({len(flat)} values)" if len(flat) > 24 else "")
+
+
+def _image(grey: Tensor) -> str:
+    """(H, W) → shades, two characters a pixel where they fit."""
+    step = max(1, -(-grey.shape[1] * 2 // MOST_COLUMNS))
+    low, high = float(grey.min()), float(grey.max())
+    scaled = (grey[::step, ::step] - low) / ((high - low) or 1.0) * (len(_SHADES) - 1)
+    return "\n".join("  " + "".join(_SHADES[int(v)] * 2 for v in row).rstrip() for row in scaled.tolist())
