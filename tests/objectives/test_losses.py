@@ -118,7 +118,8 @@ def hand_written(name, error, delta):
 
 @pytest.mark.parametrize("shape", [(8,), (8, 3)])
 @pytest.mark.parametrize(
-    ("name", "options"), [("mse", {}), ("mae", {}), ("huber", {"delta": 1.0}), ("huber", {"delta": 0.3})]
+    ("name", "options"),
+    [("mse", {}), ("mae", {}), ("huber", {"delta": 1.0}), ("huber", {"delta": 0.3})],
 )
 def test_regression_losses_equal_their_formulas(name, options, shape):
     outputs, targets = torch.randn(shape).double() * 2, torch.randn(shape).double()
@@ -141,10 +142,8 @@ def test_cutting_a_batch_into_pieces_keeps_sum_count_and_gradient(name):
     options = {"class_weights": torch.tensor([0.5, 1.0, 4.0])} if name == "cross_entropy" else {}
     outputs, targets = examples(name, 13)
     whole = gradient(LOSSES[name], outputs, targets, **options)
-    pieces = [
-        gradient(LOSSES[name], o, t, **options)
-        for o, t in zip(outputs.split((5, 1, 7)), targets.split((5, 1, 7)), strict=True)
-    ]
+    cut = zip(outputs.split((5, 1, 7)), targets.split((5, 1, 7)), strict=True)
+    pieces = [gradient(LOSSES[name], some, answers, **options) for some, answers in cut]
     same(sum(piece[0] for piece in pieces), whole[0])
     same(sum(piece[1] for piece in pieces), whole[1])
     same(torch.cat([piece[2] for piece in pieces]), whole[2])

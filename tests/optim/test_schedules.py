@@ -112,9 +112,9 @@ def test_a_share_of_every_counts_all_steps_with_those_of_the_warmup():
     assert our_factors("step", 40, warmup=20, every=0.25)[20:] == close([1.0] * 10 + [0.1] * 10)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
-def test_after_the_last_step_the_floor_stays(name):
-    assert [lr_factor(name, step, 10, floor=0.2) for step in (10, 11, 25)] == close([0.2] * 3)
+@pytest.mark.parametrize(("name", "end"), [("linear", 0.2), ("cosine", 0.2), ("one_cycle", 1 / 25e4)])
+def test_after_the_last_step_the_end_stays(name, end):
+    assert [lr_factor(name, step, 10, floor=0.2) for step in (10, 11, 25)] == close([end] * 3)
 
 
 def test_an_unknown_schedule_names_the_nearest():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fromzero.data.columns import as_word
 from fromzero.data.table import missing
-from fromzero.errors import DataError, nearest
+from fromzero.errors import DataError, did_you_mean, nearest
 
 
 @dataclass(frozen=True)
@@ -88,22 +88,27 @@ def find_classes(labels: Sequence[Any], keep: Sequence[str] | None, where: Calla
     if keep is not None:
         absent = [name for name in keep if name not in counts]
         if absent:
-            raise DataError(
-                f"data.classes names '{absent[0]}', which no example has",
-                mend=f"the classes are {', '.join(_sorted(counts)[:20])}",
-                key="data.classes",
-            )
+            why = f"the classes are {', '.join(_sorted(counts)[:20])}"
+            raise DataError(f"data.classes names '{absent[0]}', which no example has", why=why, mend=did_you_mean(absent[0], counts), key="data.classes")
         if len(set(keep)) != len(keep):
             raise DataError("data.classes names a class twice", key="data.classes")
         return tuple(keep)
-    fractions = [row for row, label in enumerate(labels) if isinstance(label, float) and not label.is_integer()]
+    fractions = _fractions(labels)
     if fractions:
         raise DataError(
             f"{where(fractions[0])}: label {labels[fractions[0]]} is no class",
             why=f"{len(fractions)} of {len(labels)} labels have fractions",
-            mend="to predict numbers use task: regress",
+            mend="to predict numbers use task: regress; if they are classes, name them in data.classes",
         )
     return tuple(_sorted(counts))
+
+
+def _fractions(labels: Sequence[Any]) -> list[int]:
+    """Rows whose label is a number with a fraction, where all labels are numbers."""
+    try:
+        return [row for row, label in enumerate(labels) if not float(label).is_integer()]
+    except (ValueError, TypeError, OverflowError):
+        return []
 
 
 def _sorted(names: Any) -> list[str]:
@@ -122,7 +127,7 @@ def read_numbers(labels: Sequence[Any], where: Callable[[int], str]) -> Tensor:
     for row, label in enumerate(labels):
         try:
             values[row, 0] = float(label)
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, OverflowError):
             raise DataError(f"{where(row)}: the answer {str(label)[:40]!r} is not a number", mend="to name classes use task: classify") from None
     check_finite(values, where)
     return values

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fromzero.errors import DataError, SourceError, did_you_mean
-from fromzero.sources import check_zip
+from fromzero.sources import check_zip, read_member
 
 INPUT_NAMES = ("x", "X", "inputs", "input", "images", "features", "data", "x_train", "train_x")
 TARGET_NAMES = ("y", "Y", "targets", "target", "labels", "label", "y_train", "train_y")
@@ -58,10 +58,12 @@ def _pick(arrays: Mapping[str, Any], asked: str | None, usual: tuple[str, ...], 
 def as_pair(inputs: Any, targets: Any, name: str) -> tuple[Tensor, Tensor]:
     """Arrays, lists or tensors → (inputs, targets) as tensors of one length, images brought to (M, C, H, W)."""
     x, y = _tensor(inputs, name, "inputs"), _tensor(targets, name, "targets")
-    if x.ndim == 0 or y.ndim == 0 or len(x) != len(y):
-        raise DataError(f"inputs {tuple(x.shape)} and targets {tuple(y.shape)} differ in their first number", why="both begin with the number of examples", file=name)
+    if x.ndim == 0 or y.ndim not in (1, 2) or len(x) != len(y):
+        raise DataError(f"inputs {tuple(x.shape)} and targets {tuple(y.shape)} do not fit together", why="both begin with the number of examples; a target is one number or a row of them", file=name)
     if len(x) == 0:
         raise DataError("holds 0 examples", file=name)
+    if x.ndim == 1:
+        x = x[:, None]  # (M, 1): one number is an example
     if x.dtype == torch.uint8 and x.ndim == 3:
         x = x[:, None]  # (M, 1, H, W)
     elif x.dtype == torch.uint8 and x.ndim == 4 and x.shape[1] not in (1, 3) and x.shape[-1] in (1, 3):
@@ -77,12 +79,18 @@ def as_pair(inputs: Any, targets: Any, name: str) -> tuple[Tensor, Tensor]:
 
 def _tensor(value: Any, name: str, which: str) -> Tensor:
     try:
-        tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value))
+        tensor = value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(_plain_array(value))
     except (TypeError, ValueError) as error:
         raise DataError(f"its {which} are no array of numbers ({str(error)[:100]})", file=name) from None
     if tensor.is_complex():
         raise DataError(f"its {which} are complex numbers", file=name)
     return tensor
+
+
+def _plain_array(value: Any) -> np.ndarray[Any, Any]:
+    """What torch takes: not reversed, not read-only, in this machine's byte order; copied only where it is not so."""
+    array = np.asarray(value, order="C")
+    return np.require(array, array.dtype.newbyteorder("="), ["W"])
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -95,12 +103,10 @@ def _read_npz(path: Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
-    except ValueError as error:
+    except Exception as error:  # numpy, zipfile and zlib each have their own
         if "pickle" in str(error).lower() or "object" in str(error).lower():
             raise SourceError("holds Python objects (a pickle)", why="reading them can run code", mend="save plain arrays: np.savez(path, x=…, y=…)", file=str(path)) from None
-        raise DataError(f"is no whole npz file ({error})", file=str(path)) from None
-    except (zipfile.BadZipFile, OSError, EOFError) as error:
-        raise DataError(f"is no whole npz file ({error})", file=str(path)) from None
+        raise DataError(f"is no whole npz file ({error})", mend="copy or save it again", file=str(path)) from None
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -110,7 +116,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return dict(load_file(path))
     except (SafetensorError, OSError) as error:
-        raise DataError(f"is no whole safetensors file ({error})", file=str(path)) from None
+        raise DataError(f"is no whole safetensors file ({error})", mend="copy or save it again", file=str(path)) from None
 
 
 def _read_torch(path: Path) -> dict[str, Any]:
@@ -121,25 +127,24 @@ def _read_torch(path: Path) -> dict[str, Any]:
     for name in members:
         if name.endswith(".pkl"):
             _refuse_code(path, name)
-    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise SourceError(f"is no torch file of plain tensors ({str(error).splitlines()[0][:120]})", mend="save {'x': …, 'y': …} with torch.save", file=str(path)) from None
     if not isinstance(loaded, Mapping):
         raise DataError("is no dictionary of tensors", mend="save {'x': …, 'y': …}", file=str(path))
     return {str(key): value for key, value in loaded.items()}
 
 
 def _refuse_code(path: Path, member: str) -> None:
-    with zipfile.ZipFile(path) as archive:
-        data = archive.read(member)
-    strings: list[str] = []
+    data = read_member(path, member)
     try:
         for opcode, argument, _ in pickletools.genops(data):
             named = ""
             if opcode.name in ("GLOBAL", "INST"):
                 named = str(argument)
             elif opcode.name == "STACK_GLOBAL":
-                named = " ".join(strings[-2:])
-            elif isinstance(argument, str):
-                strings.append(argument)
+                named = "a name put together while it is read"  # torch.save writes none, and what it is cannot be told
             if named and named not in _SAFE_GLOBALS:
                 raise SourceError(f"its pickle asks for {named.replace(' ', '.')}", why="that would run code; it was not tried", mend="save plain tensors, or safetensors", file=str(path))
     except (ValueError, IndexError) as error:

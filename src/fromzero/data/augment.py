@@ -29,12 +29,15 @@ class Augmentation:
         drawn = keyed_uniform(seed, epoch, samples, 4).to(images.dtype)
         centred = drawn[:, :3] * 2 - 1  # (B, 3) in [-1, 1)
         angle = centred[:, 0] * math.radians(self.rotate)
-        mirror = torch.where(drawn[:, 3] < 0.5, -1.0, 1.0).to(images.dtype) if self.flip else torch.ones_like(angle)
+        if self.flip:  # before the turn: mirrored pixels are moved, never interpolated
+            images = torch.where((drawn[:, 3] < 0.5)[:, None, None, None], images.flip(-1), images)
+        if not self.shift and not self.rotate:
+            return images
         height, width = images.shape[-2:]
         cos, sin = angle.cos(), angle.sin()
         rows = [
-            torch.stack([cos * mirror, -sin * height / width, centred[:, 1] * 2 * self.shift], dim=1),
-            torch.stack([sin * width / height * mirror, cos, centred[:, 2] * 2 * self.shift], dim=1),
+            torch.stack([cos, -sin * height / width, centred[:, 1] * 2 * self.shift], dim=1),
+            torch.stack([sin * width / height, cos, centred[:, 2] * 2 * self.shift], dim=1),
         ]
         grid = F.affine_grid(torch.stack(rows, dim=1), list(images.shape), align_corners=False)  # (B, H, W, 2)
         return F.grid_sample(images, grid, align_corners=False, padding_mode="zeros")

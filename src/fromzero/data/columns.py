@@ -19,6 +19,7 @@ from torch import Tensor
 from fromzero.data.table import Table, missing
 from fromzero.errors import DataError, Fault, nearest
 
+MOST_DEVIATIONS = 1e30  # float32 ends at 3e38
 MOST_CATEGORIES = 64  # found by itself; a column named in data.input may have ten times as many
 
 
@@ -121,6 +122,16 @@ class Columns:
         return torch.from_numpy(np.concatenate(blocks, axis=1).astype(np.float32))
 
 
+def gap(cell: Any) -> bool:
+    """Whether a cell is empty or an infinite number: what the policies of a column of numbers speak of."""
+    if missing(cell):
+        return True
+    try:
+        return math.isinf(float(cell))
+    except (ValueError, OverflowError):
+        return False
+
+
 def _encode(column: Column, table: Table, faults: list[Fault]) -> np.ndarray[Any, Any]:
     cells = table.columns[column.name]
     gaps = np.array([missing(cell) for cell in cells], dtype=bool)
@@ -143,18 +154,23 @@ def _encode(column: Column, table: Table, faults: list[Fault]) -> np.ndarray[Any
                 faults.append(Fault(f"{str(cell)[:40]!r} is not a number", why="the column held numbers in training", file=table.file, line=table.lines[row], key=column.name))
         gaps = ~np.isfinite(values)
         values[gaps] = column.fill
-        matrix = ((values - column.mean) / column.std)[:, None]
+        with np.errstate(over="ignore"):
+            matrix = ((values - column.mean) / column.std)[:, None]
+        for row in np.flatnonzero(np.abs(matrix[:, 0]) > MOST_DEVIATIONS).tolist():
+            why = f"it lies more than {MOST_DEVIATIONS:g} deviations from the mean in training, {column.mean:.4g}"
+            faults.append(Fault(f"{str(cells[row])[:40]} is out of all range", why=why, file=table.file, line=table.lines[row], key=column.name))
         if column.flag:
             matrix = np.concatenate([matrix, gaps[:, None].astype(np.float64)], axis=1)
     if column.policy in ("error", "drop"):
-        for row in np.flatnonzero(gaps):
-            faults.append(Fault("is empty", why=f"data.missing says {column.policy} for this column", file=table.file, line=table.lines[row], key=column.name))
+        for row in np.flatnonzero(gaps).tolist():
+            what = "is empty" if missing(cells[row]) else f"is {cells[row]}, not a finite number"
+            faults.append(Fault(what, why=f"data.missing says {column.policy} for this column", file=table.file, line=table.lines[row], key=column.name))
     return matrix
 
 
 def as_word(cell: Any) -> str:
     """One spelling for equal cells: 1.0 and 1 are the same category."""
-    if isinstance(cell, float) and cell.is_integer():
+    if isinstance(cell, bool) or (isinstance(cell, float) and cell.is_integer()):
         cell = int(cell)
     return str(cell).strip()
 
@@ -180,10 +196,14 @@ def _fit(name: str, cells: Sequence[Any], policy: str, file: str) -> Column:
         chosen = policy if policy in ("drop", "error") else "category"
         return Column(name, "category", chosen, categories=tuple(words))
     finite = numbers[np.isfinite(numbers)]
-    if not finite.size:
+    count = finite.size
+    if not count:
         finite = np.zeros(1)
     chosen = "median" if policy == "auto" else policy
-    fill = {"median": float(np.median(finite)), "mean": float(finite.mean())}.get(chosen, 0.0)
-    flag = policy == "auto" and finite.size < len(cells)
-    std = float(finite.std())
-    return Column(name, "number", chosen, fill, float(finite.mean()), std if std > 0 else 1.0, flag)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, std = float(finite.mean()), float(finite.std())
+    if not math.isfinite(std):
+        raise DataError(f"holds values up to {np.abs(finite).max():.3g}, too large to be scaled", mend="leave it out, or correct it", file=file, key=name)
+    fill = {"median": float(np.median(finite)), "mean": mean}.get(chosen, 0.0)
+    flag = policy == "auto" and count < len(cells)
+    return Column(name, "number", chosen, fill, mean, std if std > 0 else 1.0, flag)

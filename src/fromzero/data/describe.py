@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fromzero.data.columns import ColumnFacts, as_word, inspect_column
-from fromzero.data.images import ImageFormat, find_images, image_header
+from fromzero.data.columns import ColumnFacts, as_word
+from fromzero.data.images import GREY_MODES, ImageFormat, find_images, image_header
 from fromzero.data.load import Request, open_source
 from fromzero.data.sources import ArrayRows, TableRows
 from fromzero.data.table import missing
@@ -75,10 +75,8 @@ def describe(source: str, *, task: str | None = None, target: str | None = None)
 def _task(labels: Any) -> tuple[str, str]:
     if isinstance(labels, Tensor):
         return "regress", "the answers are several numbers"
-    seen = inspect_column("target", labels)
     distinct = len({as_word(v) for v in labels})
-    numbers = seen.kind in ("number", "id") and not isinstance(labels[0], str) or _all_numbers(labels)
-    if not numbers:
+    if not _all_numbers(labels):
         return "classify", f"the answers are words, {distinct} different ones"
     whole = all(float(v).is_integer() for v in labels)
     if whole and distinct <= MOST_CLASSES:
@@ -89,7 +87,7 @@ def _task(labels: Any) -> tuple[str, str]:
 def _all_numbers(labels: Any) -> bool:
     try:
         return all(float(v) == float(v) for v in labels)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return False
 
 
@@ -105,7 +103,7 @@ def _images(path: Path) -> Description:
         raise DataError("no image can be read", file=str(path))
     sizes = {size for size, _ in headers}
     height, width = sorted(sizes)[len(sizes) // 2]
-    grey = all(mode in ("L", "1", "I;16", "I", "LA") for _, mode in headers)
+    grey = {mode for _, mode in headers} <= GREY_MODES
     classes = tuple(sorted(set(tree.labels)))
     form = ImageFormat(height, width, 1 if grey else 3)
     return Description(str(path), "images", len(tree.paths), "classify", None, classes, (), (), {}, form, len(sizes) == 1, {"task": "a folder for each class"})

@@ -13,10 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fromzero.data.columns import Column, ColumnFacts, Columns, fit_columns, inspect_column, usable
+from fromzero.data.columns import Column, ColumnFacts, Columns, fit_columns, gap, inspect_column, usable
 from fromzero.data.examples import Examples, ItemExamples, TensorExamples
-from fromzero.data.images import ImageFormat, ImageTree, image_header, read_image
-from fromzero.data.table import Table, missing
+from fromzero.data.images import GREY_MODES, ImageFormat, ImageTree, image_header, printable, read_image
+from fromzero.data.table import Table
 from fromzero.errors import DataError, Fault, did_you_mean
 
 MOST_IN_MEMORY = 2 * 2**30  # bytes of decoded images; more are decoded each time they are used
@@ -37,7 +37,9 @@ class RowSource(Protocol):
     """Rows before they are split. labels: raw, or a float tensor (M, K)."""
 
     kind: str
-    name: str
+
+    @property
+    def name(self) -> str: ...
 
     @property
     def labels(self) -> Sequence[Any] | Tensor: ...
@@ -91,7 +93,8 @@ class TableRows:
         return fit_columns(self.table.take(rows), self.inputs, self.policies)
 
     def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
-        assert isinstance(form, Columns)
+        if not isinstance(form, Columns):
+            raise _other_kind(self, form)
         return TensorExamples(form.apply(self.table.take(rows)), targets)
 
 
@@ -126,7 +129,7 @@ def table_rows(table: Table, *, target: str | None, inputs: Sequence[str] | None
     if not chosen:
         raise DataError("no input column is left", why="; ".join(f"{n} {why}" for n, why in set_aside.items()), mend="name the inputs with data.input", file=table.file)
     dropping = [n for n in chosen if policies.get(n) == "drop"]
-    kept = [r for r in range(len(table)) if not any(missing(table.columns[n][r]) for n in dropping)]
+    kept = [r for r in range(len(table)) if not any(gap(table.columns[n][r]) for n in dropping)]
     if not kept:
         raise DataError("no row is left", why=f"{len(table)} rows, and each has an empty cell in {', '.join(dropping)}", key="data.missing", file=table.file)
     return TableRows(table.take(kept) if len(kept) < len(table) else table, target, tuple(chosen), policies, facts, set_aside)
@@ -157,13 +160,17 @@ class ImageRows:
     def __post_init__(self) -> None:
         self.sizes: dict[tuple[int, int], int] = {}
         self.modes: dict[str, int] = {}
-        kept, faults = [], []
+        kept: list[tuple[int, bytes]] = []
+        faults: list[Fault] = []
         for row, path in enumerate(self.tree.paths):
             try:
                 size, mode = image_header(path)
                 digest = hashlib.sha256(path.read_bytes()).digest()
             except DataError as error:
                 faults += error.faults
+                continue
+            except OSError as error:
+                faults.append(Fault(f"cannot be read ({error.strerror})", file=printable(str(path))))
                 continue
             self.sizes[size] = self.sizes.get(size, 0) + 1
             self.modes[mode] = self.modes.get(mode, 0) + 1
@@ -177,13 +184,17 @@ class ImageRows:
     def _quarantine(self, faults: Sequence[Fault]) -> None:
         self.broken.update({fault.file: fault.what for fault in faults})
         if len(self.broken) > self.skip_broken:
-            raise DataError(list(faults)[:20])
+            count = Fault(f"{len(self.broken)} of {len(self.tree.paths)} images are broken", why=f"data.skip_broken allows {self.skip_broken}", file=self.name)
+            raise DataError([*list(faults)[:20], count])
 
     def _decode_all(self) -> None:
         """Decode each image once while rows are counted, so that a broken one is found before training."""
+        self._refuse_empty()
         form = self.fit(())
         whole = len(self._rows) * form.channels * form.height * form.width
-        pixels, faults, good = [], [], []
+        pixels: list[Tensor] = []
+        faults: list[Fault] = []
+        good: list[int] = []
         for place, row in enumerate(self._rows):
             try:
                 pixels_of_one = read_image(self.tree.paths[row], form)
@@ -196,14 +207,17 @@ class ImageRows:
         self._quarantine(faults)
         self._rows = [self._rows[place] for place in good]
         self._keys = [self._keys[place] for place in good]
-        if not self._rows:
-            raise DataError("no image can be read", file=str(self.tree.root))
+        self._refuse_empty()
         if whole <= MOST_IN_MEMORY:
             self._pixels[form] = torch.stack(pixels)
 
+    def _refuse_empty(self) -> None:
+        for name in sorted(set(self.tree.labels) - set(self.labels)):
+            raise DataError(f"class '{name}' has no image that can be read", why=f"{len(self.broken)} broken images are left out", file=self.name)
+
     @property
     def name(self) -> str:
-        return str(self.tree.root)
+        return printable(str(self.tree.root))
 
     @property
     def labels(self) -> Sequence[Any]:
@@ -216,7 +230,7 @@ class ImageRows:
         return self._keys
 
     def where(self, row: int) -> str:
-        return str(self.tree.paths[self._rows[row]])
+        return printable(str(self.tree.paths[self._rows[row]]))
 
     def fit(self, rows: Sequence[int]) -> ImageFormat:
         if self.asked is not None:
@@ -231,11 +245,11 @@ class ImageRows:
                 file=self.name,
             )
         height, width = next(iter(self.sizes))
-        grey = set(self.modes) <= {"L", "1", "I;16", "I", "F", "LA"}
-        return ImageFormat(height, width, 1 if grey else 3)
+        return ImageFormat(height, width, 1 if set(self.modes) <= GREY_MODES else 3)
 
     def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
-        assert isinstance(form, ImageFormat)
+        if not isinstance(form, ImageFormat):
+            raise _other_kind(self, form)
         if form in self._pixels:
             return TensorExamples(self._pixels[form][list(rows)], targets, divisor=255.0)
         paths = [self.tree.paths[row] for row in self._rows]
@@ -274,11 +288,12 @@ class ArrayRows:
         return ArrayFormat(tuple(self.inputs.shape[1:]), 255.0 if self.inputs.dtype == torch.uint8 else None)
 
     def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
-        assert isinstance(form, ArrayFormat)
+        if not isinstance(form, ArrayFormat):
+            raise _other_kind(self, form)
         if tuple(self.inputs.shape[1:]) != form.shape:
             raise DataError(f"has inputs of shape {tuple(self.inputs.shape[1:])}, the model was trained with {form.shape}", file=self.name)
-        whole = len(rows) == len(self)
-        divisor = form.divisor if self.inputs.dtype == torch.uint8 else None
+        whole = list(rows) == list(range(len(self)))
+        divisor = 255.0 if self.inputs.dtype == torch.uint8 else None
         return TensorExamples(self.inputs if whole else self.inputs[torch.as_tensor(rows)], targets, divisor)
 
 
@@ -294,9 +309,25 @@ class ItemRows:
         count = len(self.dataset)
         if count == 0:
             raise DataError("holds 0 examples", file=self.name)
-        first = self._item(0)[0]
-        self.shape = tuple(torch.as_tensor(first).shape)
-        self._labels = [self._item(i)[1] for i in range(count)]
+        self.shape: tuple[int, ...] = ()
+        self._labels: list[Tensor] = []
+        for row in range(count):
+            item, label = self._item(row)
+            shape = tuple(self._tensor(row, item, "input").shape)
+            self.shape = self.shape if row else shape
+            if shape != self.shape:
+                raise DataError(f"its example {row} has shape {shape}, example 0 {self.shape}", mend="give all one shape", file=self.name)
+            self._labels.append(self._tensor(row, label, "answer"))
+            if self._labels[row].shape != self._labels[0].shape:
+                raise DataError(f"its example {row} has an answer of another shape than example 0", file=self.name)
+
+    def _tensor(self, row: int, value: Any, which: str) -> Tensor:
+        try:
+            return torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            what = f"its example {row} has {type(value).__name__} for an {which}, not numbers"
+            mend = "turn images into tensors in the Dataset" if which == "input" else "give class indices from 0, or numbers"
+            raise DataError(what, mend=mend, file=self.name) from None
 
     def _item(self, row: int) -> tuple[Any, Any]:
         item = self.dataset[row]
@@ -306,7 +337,7 @@ class ItemRows:
 
     @property
     def labels(self) -> Sequence[Any] | Tensor:
-        whole = torch.stack([torch.as_tensor(label) for label in self._labels])
+        whole = torch.stack(self._labels)
         return whole if whole.ndim > 1 and whole.shape[1] > 1 else whole.reshape(-1).tolist()
 
     def __len__(self) -> int:
@@ -322,8 +353,17 @@ class ItemRows:
         return ArrayFormat(self.shape)
 
     def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
+        if not isinstance(form, ArrayFormat):
+            raise _other_kind(self, form)
+        if self.shape != form.shape:
+            raise DataError(f"has inputs of shape {self.shape}, the model was trained with {form.shape}", file=self.name)
         fetch: Callable[[int], Any] = lambda row: torch.as_tensor(self._item(row)[0]).to(torch.float32)  # noqa: E731
         return ItemExamples(fetch, targets, tuple(rows))
+
+
+def _other_kind(source: RowSource, form: InputFormat) -> DataError:
+    kinds = {Columns: "tables", ImageFormat: "images", ArrayFormat: "arrays"}
+    return DataError(f"holds {source.kind}, the model was trained on {kinds[type(form)]}", mend="give data of that kind", file=source.name)
 
 
 __all__ = ["ArrayFormat", "ArrayRows", "Column", "ImageRows", "InputFormat", "ItemRows", "RowSource", "TableRows", "guess_target", "table_rows"]

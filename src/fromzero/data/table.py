@@ -7,18 +7,23 @@ and all faults of a file come at once. Knows no tensor.
 from __future__ import annotations
 
 import csv
+import io
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fromzero.errors import DataError, Fault, MissingExtra
 
-MISSING = frozenset(["", "NA", "N/A", "n/a", "NaN", "nan", "null", "NULL", "None", "?"])
+MISSING = frozenset(["", "NA", "N/A", "n/a", "NaN", "nan", "null", "NULL", "None", "<NA>", "NaT", "?"])
 MOST_FAULTS = 20  # shown; the rest is counted
 MOST_DEPTH = 64  # of nested JSON
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)  # brackets inside strings open nothing
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+_UNREAD = object()  # in place of a value whose fault was noted
 _SEPARATORS = {"comma": ",", "tab": "\t", "semicolon": ";", "bar": "|"}
 
 
@@ -64,8 +69,12 @@ def read_table(path: Path) -> Table:
     return table
 
 
-def table_of(columns: dict[str, Iterable[Any]], *, name: str = "<table given from Python>") -> Table:
+def table_of(columns: Mapping[str, Iterable[Any]], *, name: str = "<table given from Python>") -> Table:
     """A Table from columns in Python, such as a dict of lists or what a data frame yields."""
+    for key, values in columns.items():
+        if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
+            shape = f" of shape {tuple(values.shape)}" if hasattr(values, "shape") else ""
+            raise DataError(f"is {type(values).__name__}{shape}, not one cell a row", mend="give arrays as (inputs, targets)", file=name, key=str(key))
     cells = {str(key): [_cell(v) for v in values] for key, values in columns.items()}
     lengths = {key: len(values) for key, values in cells.items()}
     if len(set(lengths.values())) > 1:
@@ -76,7 +85,7 @@ def table_of(columns: dict[str, Iterable[Any]], *, name: str = "<table given fro
 def missing(cell: Any) -> bool:
     """Whether a cell says nothing: None, NaN, or one of the usual words for it."""
     if isinstance(cell, str):
-        return cell.strip() in MISSING
+        return cell in MISSING or ((cell[0].isspace() or cell[-1].isspace()) and cell.strip() in MISSING)
     return cell is None or (isinstance(cell, float) and cell != cell)
 
 
@@ -88,7 +97,10 @@ def _cell(value: Any) -> Any:
 
 
 def _text(path: Path) -> str:
-    data = path.read_bytes()
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", file=str(path)) from None
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise DataError("is UTF-16 text", file=str(path), line=1, mend="save it as UTF-8")
     try:
@@ -122,8 +134,10 @@ def _read_separated(path: Path, separator: str) -> Table:
     records = list(_records(path, text, separator))
     if not records:
         raise DataError("has no rows", file=str(path))
-    (_, header), body = records[0], records[1:]
-    header = [name.strip() for name in header]
+    (_, first), body = records[0], records[1:]
+    header = [name.strip() for name in first]
+    if not header[0]:
+        header[0] = "row"  # pandas writes no name for its index
     faults = _header_faults(path, header, separator)
     for line, cells in body:
         if len(cells) != len(header):
@@ -131,13 +145,14 @@ def _read_separated(path: Path, separator: str) -> Table:
             faults.append(Fault(what, mend="a separator inside a cell needs quotes around the cell", file=str(path), line=line))
     _raise(faults)
     columns = {name: [cells[i] for _, cells in body] for i, name in enumerate(header)}
-    return Table(str(path), dict(columns), [line for line, _ in body])
+    return Table(str(path), columns, [line for line, _ in body])
 
 
 def _records(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     """(first physical line, cells) of each record that is not blank. A quote that never ends is a fault, not a long cell."""
-    lines = text.splitlines(keepends=True) if "\r" not in text else re.findall(r"[^\r\n]*(?:\r\n|\n|\r)|[^\r\n]+", text)
-    reader = csv.reader(lines, delimiter=separator, strict=True)
+    lines = io.StringIO(text, newline="")  # ends lines at \n, \r and \r\n alone; splitlines would cut at U+2028 too
+    quoting = csv.QUOTE_NONE if separator == "\t" and _quotes_are_text(text) else csv.QUOTE_MINIMAL
+    reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
     begins = 1
     try:
         for cells in reader:
@@ -149,9 +164,23 @@ def _records(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[
         raise DataError(f"has a quote that does not fit ({error})", why=why, file=str(path), line=begins) from None
 
 
+def _quotes_are_text(text: str) -> bool:
+    """Whether a TSV is written without quoting: each line has its share of tabs, and a cell begins with a quote and does not end with it.
+
+    Read as quoting, such a cell would swallow the rows up to the next quote.
+    """
+    if '"' not in text:
+        return False
+    lines = [line for line in re.split(r"\r\n|\r|\n", text) if line]
+    if any(line.count("\t") != lines[0].count("\t") for line in lines):
+        return False
+    whole = re.compile(r'"(?:[^"]|"")*"')
+    return any(cell.startswith('"') and not whole.fullmatch(cell) for line in lines if '"' in line for cell in line.split("\t"))
+
+
 def _header_faults(path: Path, header: list[str], separator: str) -> list[Fault]:
     faults = []
-    doubled = sorted({name for name in header if header.count(name) > 1})
+    doubled = sorted(name for name, count in Counter(header).items() if count > 1 and name)
     if doubled:
         faults.append(Fault(f"the header names a column twice: {', '.join(map(repr, doubled))}", mend="rename one", file=str(path), line=1))
     if len(header) == 1:
@@ -160,11 +189,7 @@ def _header_faults(path: Path, header: list[str], separator: str) -> list[Fault]
                 what = f"has one column, but its header holds {header[0].count(other)} {word}s"
                 faults.append(Fault(what, mend=f"save it separated by {'tabs' if separator == chr(9) else 'commas'}", file=str(path), line=1))
     if "" in header:
-        number = header.index("") + 1
-        if number > 1 or header.count("") > 1:
-            faults.append(Fault(f"column {number} has no name in the header", file=str(path), line=1))
-        else:
-            header[0] = "row"  # what pandas writes for an index
+        faults.append(Fault(f"column {header.index('') + 1} has no name in the header", mend="name it", file=str(path), line=1))
     return faults
 
 
@@ -186,8 +211,7 @@ def _read_json_lines(path: Path) -> Table:
     faults: list[Fault] = []
     for line, piece in enumerate(text.split("\n"), 1):
         if piece.strip():
-            value = _parse_json(piece, path, line, faults)
-            rows.append((line, value))
+            rows.append((line, _parse_json(piece, path, line, faults)))
     return _from_objects(path, rows, faults)
 
 
@@ -205,30 +229,39 @@ def _read_json(path: Path) -> Table:
 def _parse_json(text: str, path: Path, line: int, faults: list[Fault]) -> Any:
     if _depth(text) > MOST_DEPTH:
         faults.append(Fault(f"is nested more than {MOST_DEPTH} deep", file=str(path), line=line))
-        return None
+        return _UNREAD
     try:
-        return json.loads(text, object_pairs_hook=_once)
+        value = json.loads(text, object_pairs_hook=_once)
+        if _HALF_PAIR.search(text):
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except UnicodeEncodeError as error:
+        what = f"holds half of a surrogate pair ({error.object[error.start]!r})"
+        faults.append(Fault(what, why="it is no character and cannot be written again", mend="write the character itself", file=str(path), line=line))
     except json.JSONDecodeError as error:
         piece = text[max(error.pos - 15, 0) : error.pos + 15]
         what = f"column {error.colno} is not JSON ({error.msg}) near {piece!r}"
         faults.append(Fault(what, file=str(path), line=line + error.lineno - 1))
     except ValueError as error:
-        faults.append(Fault(str(error)[:100], file=str(path), line=line))
-    return None
+        what = "holds a number of thousands of digits" if "digits" in str(error) else str(error)[:100]
+        faults.append(Fault(what, file=str(path), line=line))
+    return _UNREAD
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    doubled = sorted({key for key in keys if keys.count(key) > 1})
-    if doubled:
-        raise ValueError(f"names {doubled[0]!r} twice")
-    return dict(pairs)
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        doubled = min(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise ValueError(f"names {doubled!r} twice")
+    return found
 
 
 def _depth(text: str) -> int:
     deepest = depth = 0
-    for mark in re.findall(r"[\[\]{}]", text):
-        depth += 1 if mark in "[{" else -1
+    if text.count("[") + text.count("{") <= MOST_DEPTH:
+        return 0  # as most lines are: too few brackets to be too deep
+    for mark in _STRING_OR_BRACKET.findall(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark, 0)
         deepest = max(deepest, depth)
     return deepest
 
@@ -238,8 +271,8 @@ def _from_objects(path: Path, rows: list[tuple[int, Any]], faults: list[Fault]) 
     for line, value in rows:
         if isinstance(value, dict):
             names.update(dict.fromkeys(value))
-        elif value is not None:
-            faults.append(Fault(f"is {type(value).__name__}, not an object", file=str(path), line=line))
+        elif value is not _UNREAD:
+            faults.append(Fault(f"is {'null' if value is None else type(value).__name__}, not an object", file=str(path), line=line))
     _raise(faults)
     columns = {name: [_cell(value.get(name)) for _, value in rows] for name in names}
     return Table(str(path), columns, [line for line, _ in rows])
@@ -252,6 +285,6 @@ def _read_parquet(path: Path) -> Table:
         raise MissingExtra("parquet files need polars", mend="pip install polars") from None
     try:
         frame = polars.read_parquet(path)
-    except (polars.exceptions.PolarsError, OSError) as error:
+    except Exception as error:  # polars names no one class for what a damaged file may raise
         raise DataError(f"is not a whole parquet file ({str(error)[:120]})", file=str(path)) from None
     return table_of(frame.to_dict(as_series=False), name=str(path))

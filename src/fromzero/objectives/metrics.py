@@ -40,9 +40,8 @@ class Metrics:
     def __init__(self, names: Sequence[str], *, outputs: int, binary: bool) -> None:
         self.names = tuple(names)
         _require_one_kind(self.names)
-        self._sums: _Hits | _Errors = (
-            _Errors(outputs) if self.names[:1] and self.names[0] in REGRESS else _Hits(outputs, binary)
-        )
+        numbers = any(name in REGRESS for name in self.names)
+        self._sums: _Hits | _Errors = _Errors(outputs) if numbers else _Hits(outputs, binary)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Take in one batch of any size.

@@ -12,7 +12,9 @@ from fromzero.errors import Fault, RecipeError, nearest
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, Parameter]], lr: float, lr_scale: Mapping[str, float]
+    named_parameters: Iterable[tuple[str, Parameter]],
+    lr: float,
+    lr_scale: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """One group for each distinct multiplier, in the order in which the parameters first need it.
 

@@ -48,9 +48,9 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
             job.optimizer.step()
             progress.advance(len(index), total, count, size)
             progress.seconds = time.perf_counter() - began
-            yield StepDone(progress.step, epoch, progress.samples, total / count, lr, norm)
+            yield StepDone(progress.step, epoch + 1, progress.samples, total / count, lr, norm)
             if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
-                yield evaluate_and_keep(job, progress, best, epoch)
+                yield evaluate_and_keep(job, progress, best, epoch + 1)
                 if recipe.evaluate.stop_after is not None and progress.without_gain >= recipe.evaluate.stop_after:
                     return
             if stopping():

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from fromzero.data import Loaded
+from fromzero.data import Loaded, TensorExamples
 from fromzero.devices import peak_memory
 from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
@@ -17,7 +17,9 @@ from fromzero.runner.loop import clip, pieces, set_learning_rate
 from fromzero.runner.step import gradients
 from fromzero.tuning import set_training
 
-STEPS = 3  # counted, after one that warms up
+LEAST_STEPS = 4  # the first warms up and is not counted
+MOST_STEPS = 24
+ENOUGH_SECONDS = 0.15  # steps of a small model are many, so that their median means something
 MOST_SECONDS = 3.0
 MOST_SAMPLES = 4096  # of a very large batch a part is measured
 
@@ -28,7 +30,7 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         warnings.simplefilter("ignore")  # the run itself says them once
         torch.manual_seed(plan.recipe.seed)
         torch.set_num_threads(plan.threads)
-        job = assemble(replace(plan, steps=max(plan.steps, STEPS + 1)), loaded, place)
+        job = assemble(replace(plan, steps=max(plan.steps, MOST_STEPS)), loaded, place)
         index = torch.arange(min(plan.batch, MOST_SAMPLES))
         set_training(job.model, job.frozen)
         losses, seconds, silent = _steps(job, index)
@@ -36,7 +38,7 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
     return Measured(
         step_seconds=statistics.median(seconds),
         evaluate_seconds=evaluate_seconds,
-        losses=tuple(losses),
+        losses=tuple(losses[:LEAST_STEPS]),
         silent=silent,
         peak_bytes=peak_memory(),
         batch=len(index),
@@ -48,7 +50,7 @@ def _steps(job: Job, index: torch.Tensor) -> tuple[list[float], list[float], tup
     seconds: list[float] = []
     silent: tuple[str, ...] = ()
     begun = time.perf_counter()
-    for step in range(STEPS + 1):
+    for step in range(MOST_STEPS):
         started = time.perf_counter()
         set_learning_rate(job, step)
         job.optimizer.zero_grad()
@@ -61,16 +63,17 @@ def _steps(job: Job, index: torch.Tensor) -> tuple[list[float], list[float], tup
             clip(job)
         job.optimizer.step()
         seconds.append(time.perf_counter() - started)
-        if time.perf_counter() - begun > MOST_SECONDS:
+        spent = time.perf_counter() - begun
+        if spent > MOST_SECONDS or (spent > ENOUGH_SECONDS and step + 1 >= LEAST_STEPS):
             break
     return losses, seconds[1:] or seconds, silent
 
 
-@torch.no_grad()
 def _evaluation(job: Job, index: torch.Tensor) -> float:
-    job.model.eval()
-    batch = job.judge.on_device(*job.train.take(index))
+    """Seconds that measuring a batch takes, metrics included."""
+    inputs, targets = job.train.take(index)
+    some = TensorExamples(inputs, targets)
+    job.judge.measure(job.model, some)
     started = time.perf_counter()
-    with job.judge.around():
-        job.model(batch[0]).sum().item()
+    job.judge.measure(job.model, some)
     return time.perf_counter() - started

