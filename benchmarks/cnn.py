@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from report import ROOT, circumstances, in_turn, last_json, machine_line, print_table, ratios, run_child, spread, usable_cores, write_json
@@ -220,17 +219,13 @@ def _plain_model() -> tuple[Any, Any]:
 def child(side: str, file: str, warmup: int, steps: int, threads: int) -> None:
     """Train one side and print what it took."""
     import numpy as np
+    import torch
 
     with np.load(file) as arrays:
         images, labels = arrays["images"], arrays["labels"]
-    if side != "fromzero":  # which is told by its recipe
-        import torch
-
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads)
     watch = Stopwatch(warmup, steps)
     SIDES[side](images, labels, watch, threads)
-    import torch
-
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     samples = samples_between(warmup, watch.last, len(images))
     found = {"samples_per_second": samples / watch.seconds(), "peak_bytes": peak, "loss": watch.loss, "threads": torch.get_num_threads()}
@@ -287,12 +282,14 @@ def main() -> None:
     if asked.child is not None:
         side, file = asked.child
         if side == "prepare":
-            return prepare(file, asked.random)
-        return child(side, file, asked.warmup, asked.steps, asked.threads)
+            prepare(file, asked.random)
+        else:
+            child(side, file, asked.warmup, asked.steps, asked.threads)
+        return
 
     sides, missing = here(asked.only or list(SIDES))
     seen = circumstances()
-    env = {"KERAS_BACKEND": "torch", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(asked.threads), "MKL_NUM_THREADS": str(asked.threads)}
+    env = {"KERAS_BACKEND": "torch", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": str(asked.threads)}
     with tempfile.TemporaryDirectory() as folder:
         file = os.path.join(folder, "digits.npz")
         again = [sys.executable, __file__, "--warmup", str(asked.warmup), "--steps", str(asked.steps), "--threads", str(asked.threads)]

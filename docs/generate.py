@@ -5,6 +5,7 @@ A test compares both pages with what this gives; `make docs` writes them anew.
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,8 @@ import typer
 import yaml
 
 from fromzero.cli import app
+from fromzero.data.catalogue import NAMED_SETS
+from fromzero.models import MODELS
 from fromzero.recipe.read import from_values, known_keys
 from fromzero.recipe.schema import METRICS, Recipe
 
@@ -30,6 +33,13 @@ LEFT_OUT = {
     "metrics": "auto",
     "epochs": "10",
     "steps": "not used",
+    "head": "keep",
+    "freeze": "none",
+    "optimizer": "adamw",
+    "schedule": "constant",
+    "evaluate": "epoch",
+    "save": "auto",
+    "limits": "nothing limited",
 }
 
 # Short forms, each read by the product itself when the page is made.
@@ -37,7 +47,6 @@ SHORT = [
     "model: cnn",
     "model: {from: mlp, hidden: [128, 64]}",
     "head: new",
-    "freeze: none",
     "freeze: body",
     "freeze: {through: conv2}",
     "freeze: ['conv1.*', fc1.bias]",
@@ -73,7 +82,8 @@ def recipe_page() -> str:
         "A recipe is a YAML file of a page or less. It says what to train, completely, and nothing about how. Three keys are",
         "required: `task`, `model`, `data`. A key that is not on this page is refused, with the nearest one that is. YAML is read",
         "by the 1.2 core rules: `1e-4` is a number, `no` and `on` are words. On the command line every key can be set over the",
-        "file with `dotted.key=value`, such as `optimizer.lr=1e-4` or `data.limit=500`.",
+        "file with `dotted.key=value`, such as `optimizer.lr=1e-4` or `data.limit=500`. A *section* is the keys listed further",
+        "down, or one of the short forms at the end.",
         "",
         "## The first level",
         "",
@@ -87,7 +97,21 @@ def recipe_page() -> str:
             text += ["", f"## `{path[0]}`", "", *_table(inner)]
     text += ["", "## Short forms", "", "| written | means |", "|---|---|"]
     text += [f"| `{short}` | `{_lengthened(short)}` |" for short in SHORT]
+    text += ["", "## Models of the catalogue", "", "Inputs and outputs are sized from the data; what is left are options, written beside `from`.", ""]
+    text += ["| name | what it is | options |", "|---|---|---|"]
+    text += [f"| `{name}` | {(inspect.getdoc(model) or '').splitlines()[0]} | {_options(model)} |" for name, model in MODELS.items()]
+    text += ["", "## Named sets", "", "| name | what it is |", "|---|---|"]
+    text += [f"| `{name}` | {known.origin} |" for name, known in NAMED_SETS.items()]
     return "\n".join(text) + "\n"
+
+
+def _options(model: Any) -> str:
+    parameters = inspect.signature(model).parameters.values()
+    return ", ".join(f"`{p.name}: {_flow(_listed(p.default))}`" for p in parameters if p.name not in ("inputs", "outputs"))
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 Row = tuple[tuple[str, ...], str, str, str]  # path, meaning, values, default
@@ -187,7 +211,11 @@ def _flow(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_flow, value)) + "]"
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else _number(value) if isinstance(value, float) else str(value)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}".replace(",", "") if value >= 1e6 and value.is_integer() else f"{value:g}"
 
 
 def commands_page() -> str:
@@ -220,11 +248,8 @@ def _metavar(parameter: Any) -> str:
 
 
 def _option(parameter: Any) -> str:
-    takes = "" if isinstance(parameter.default, bool) else f" {parameter.metavar or _KINDS[parameter.type.name]}"
+    takes = "" if isinstance(parameter.default, bool) else f" {parameter.metavar or ('N' if isinstance(parameter.default, int) else 'TEXT')}"
     return "/".join(parameter.opts) + takes
-
-
-_KINDS = {"text": "TEXT", "str": "TEXT", "integer": "N", "int": "N", "integer range": "N"}
 
 
 def _left_out(parameter: Any) -> str:

@@ -54,7 +54,7 @@ class FromzeroError(Exception):
         key: str = "",
     ) -> None:
         if isinstance(what, str):
-            self.faults = (Fault(what, why, mend, file, line, key),)
+            self.faults: tuple[Fault, ...] = (Fault(what, why, mend, file, line, key),)
         else:
             self.faults = tuple(what)
         super().__init__("\n".join(str(fault) for fault in self.faults))

@@ -6,6 +6,7 @@ Dims: M examples.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -104,68 +105,90 @@ def load(request: Request) -> Loaded:
     raises: DataError or SourceError with what is wrong, where, and the mend
     """
     source = open_source(request.train, request)
-    other = None if request.validation is None else open_source(request.validation, request)
-    labels = _plain_labels(source)
+    labels = source.labels
     rows, notes = _kept_rows(source, labels, request)
     answers, given = _find_answers(source, labels, rows, request)
-    strata = _strata(labels, answers, len(source))
-    keys = source.keys()
-    if other is not None:
-        train_rows, held_rows = rows, []
-    else:
-        held_places: list[int]
-        places, held_places = hold_out([keys[r] for r in rows], [strata[r] for r in rows], request.hold_out, request.seed)
-        train_rows, held_rows = [rows[p] for p in places], [rows[p] for p in held_places]
+    strata = [as_word(label) for label in labels] if isinstance(answers, Classes) else [""] * len(source)
+    whole = _Part(source, labels, source.keys(), rows)
+    held = None if request.validation is None else _validation(source, request)
+    places, held_places = (range(len(rows)), []) if held else hold_out(whole.keys(), [strata[r] for r in rows], request.hold_out, request.seed)
+    train_rows = [rows[p] for p in places]
+    if held_places:
+        held = replace(whole, rows=[rows[p] for p in held_places])
     if request.limit or request.per_class:
         before = len(train_rows)
         train_rows = sample(train_rows, [strata[r] for r in train_rows], request.seed, examples=request.limit, per_class=request.per_class)
         notes.append(f"data.limit keeps {len(train_rows)} of {before} training examples")
     if not train_rows:
-        raise DataError("no training example is left", why=f"{len(source)} rows read, {len(rows)} after filters, {len(held_rows)} held out", file=source.name)
-    answers = _fit_answers(answers, labels, train_rows, source, request)
+        raise DataError("no training example is left", why=f"{len(source)} rows read, {len(rows)} after filters, {len(held_places)} held out", file=source.name)
+    part = replace(whole, rows=train_rows)
+    answers = _fit_answers(answers, part, request)
     form = source.fit(train_rows)
-    train = source.examples(train_rows, form, _targets(answers, labels, train_rows, source))
-    validation: Examples | None = None
-    validation_labels: list[Any] = []
-    if other is not None:
-        other_labels = _plain_labels(other)
-        other_rows, _ = _kept_rows(other, other_labels, request)
-        if not other_rows:
-            raise DataError("no validation example is left after the filters", file=other.name)
-        validation = other.examples(other_rows, form, _targets(answers, other_labels, other_rows, other))
-        validation_labels = [other_labels[r] for r in other_rows]
-        held_keys = [key for key, r in zip(other.keys(), range(len(other)), strict=True) if r in set(other_rows)]
-    elif held_rows:
-        validation = source.examples(held_rows, form, _targets(answers, labels, held_rows, source))
-        validation_labels = [labels[r] for r in held_rows]
-    if other is None:
-        held_keys = [keys[r] for r in held_rows]
+    train = part.examples(form, answers)
+    validation = held.examples(form, answers) if held else None
     preparation = Preparation(form, answers, source.target if isinstance(source, TableRows) else None)
-    counted = [strata[r] for r in train_rows] if isinstance(answers, Classes) else []
+    keys, train_keys, held_keys = whole.keys(), part.keys(), held.keys() if held else []
+    known, by_content = set(train_keys), not isinstance(source, ItemRows)
+    classes = isinstance(answers, Classes)
+    learned = train.targets.double().reshape(len(train), -1)
     facts = DataFacts(
         source=source.name,
         kind=source.kind,
         train=len(train),
         validation=0 if validation is None else len(validation),
-        input_shape=_shape(form),
+        input_shape=(form.width,) if isinstance(form, Columns) else form.shape,
         outputs=answers.width,
         classes=answers.names if isinstance(answers, Classes) else None,
-        train_counts=_counts(counted, answers),
-        validation_counts=_counts([as_word(v) for v in validation_labels] if counted else [], answers),
+        train_counts=part.counts(answers),
+        validation_counts=held.counts(answers) if held else {},
         columns={c.name: str(c) for c in form.columns} if isinstance(form, Columns) else {},
         notes=tuple(notes),
-        repeats=len(rows) - len({keys[r] for r in rows}),
-        shared=len({keys[r] for r in train_rows} & set(held_keys)),
-        conflicting=_conflicts([keys[r] for r in rows], [strata[r] for r in rows]) if counted else 0,
+        repeats=len(keys) - len(set(keys)),
+        shared=sum(key in known for key in held_keys) if by_content else 0,
+        conflicting=_conflicts(keys, [strata[r] for r in rows]) if classes else 0,
         **_range(train),
         set_aside=source.set_aside if isinstance(source, TableRows) else {},
-        target_mean=tuple(train.targets.double().reshape(len(train), -1).mean(0).tolist()) if not counted else (),
-        target_std=tuple(train.targets.double().reshape(len(train), -1).std(0, correction=0).tolist()) if not counted else (),
+        target_mean=() if classes else tuple(learned.mean(0).tolist()),
+        target_std=() if classes else tuple(learned.std(0, correction=0).tolist()),
         given_indices=given,
         bytes=_bytes(train) + (_bytes(validation) if validation is not None else 0),
-        digest=_digest([keys[r] for r in train_rows], train.targets, held_keys),
+        digest=_digest(train_keys, train.targets, held_keys),
     )
     return Loaded(train, validation, preparation, facts)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some rows of a source, with the labels and the content of all of them."""
+
+    source: RowSource
+    labels: Any
+    contents: Sequence[bytes]
+    rows: Sequence[int]
+
+    def keys(self) -> list[bytes]:
+        return [self.contents[row] for row in self.rows]
+
+    def examples(self, form: InputFormat, answers: Answers) -> Examples:
+        return self.source.examples(self.rows, form, _targets(answers, self.labels, self.rows, self.source))
+
+    def counts(self, answers: Answers) -> dict[str, int]:
+        if not isinstance(answers, Classes):
+            return {}
+        counter = Counter(as_word(self.labels[row]) for row in self.rows)
+        return {name: counter.get(name, 0) for name in answers.names}
+
+
+def _validation(source: RowSource, request: Request) -> _Part:
+    """The rows of a validation set of its own, read with the columns of the training set."""
+    if isinstance(source, TableRows):
+        request = replace(request, target=source.target, columns=source.inputs)
+    other = open_source(request.validation, request)
+    labels = other.labels
+    rows, _ = _kept_rows(other, labels, request)
+    if not rows:
+        raise DataError("no validation example is left", why=f"{len(other)} rows read, 0 after filters", file=other.name)
+    return _Part(other, labels, other.keys(), rows)
 
 
 # ----------------------------------------------------------------------------------- opening a source
@@ -189,10 +212,10 @@ def find_path(text: str, folders: Sequence[Path]) -> Path:
     """The file or folder that a recipe names, looked for beside the recipe and then here."""
     for folder in folders:
         path = folder / Path(text).expanduser()
-        if path.exists():
+        if os.path.exists(path):  # unlike Path.exists, no error for a name too long for the disk
             return path
     parent = (folders[0] / text).parent
-    beside = [p.name for p in parent.iterdir()] if parent.is_dir() else []
+    beside = os.listdir(parent) if os.path.isdir(parent) else []
     close = did_you_mean(Path(text).name, beside) or did_you_mean(text, NAMED_SETS)
     looked = " and ".join(dict.fromkeys(str(f.resolve()) for f in folders))
     raise DataError(f"'{text}' is no file, folder or named set", why=f"looked in {looked}", mend=close or f"named sets: {', '.join(NAMED_SETS)}", key="data")
@@ -236,10 +259,6 @@ def _from_python(source: Any, request: Request) -> RowSource:
 # ------------------------------------------------------------------------------------ labels and rows
 
 
-def _plain_labels(source: RowSource) -> Any:
-    return source.labels
-
-
 def _kept_rows(source: RowSource, labels: Any, request: Request) -> tuple[list[int], list[str]]:
     """Rows that have an answer, of the classes asked for; and notes about the others."""
     notes = []
@@ -262,7 +281,8 @@ def _find_answers(source: RowSource, labels: Any, rows: list[int], request: Requ
     """The classes, before numbers are fitted to the training rows; and whether labels were indices already."""
     if request.answers == "number" or isinstance(labels, Tensor):
         return None, False
-    found = find_classes([labels[r] for r in rows] if rows else labels, request.classes, lambda i: source.where(rows[i]))
+    among = rows if request.classes is None else answered(labels)
+    found = find_classes([labels[r] for r in among], request.classes, lambda i: source.where(among[i]))
     whole = source.kind in ("arrays", "items") and request.classes is None
     given = whole and source.name not in NAMED_SETS
     if given:
@@ -279,12 +299,16 @@ def _find_answers(source: RowSource, labels: Any, rows: list[int], request: Requ
     return Classes(found, binary), given
 
 
-def _fit_answers(answers: Answers | None, labels: Any, rows: list[int], source: RowSource, request: Request) -> Answers:
+def _fit_answers(answers: Answers | None, part: _Part, request: Request) -> Answers:
+    source, labels = part.source, part.labels
     if answers is not None:
         return answers
     if request.answers != "number":
-        return Soft(request.classes or tuple(str(i) for i in range(labels.shape[1])))
-    values = _number_values(labels, rows, source)
+        width = labels.shape[1]
+        if request.classes is not None and len(request.classes) != width:
+            raise DataError(f"data.classes names {len(request.classes)} classes, each answer has {width} numbers", file=source.name, key="data.classes")
+        return Soft(request.classes or tuple(str(i) for i in range(width)))
+    values = _number_values(labels, part.rows, source)
     name = source.target if isinstance(source, TableRows) else "value"
     names = [name] if values.shape[1] == 1 else [f"{name}{i}" for i in range(values.shape[1])]
     return fit_numbers(names, values, scale=request.scale_target)
@@ -295,9 +319,7 @@ def _number_values(labels: Any, rows: Sequence[int], source: RowSource) -> Tenso
         values = labels[list(rows)].double().reshape(len(rows), -1)
         check_finite(values, lambda i: source.where(rows[i]))
         return values
-    values = read_numbers([labels[r] for r in rows], lambda i: source.where(rows[i]))
-    check_finite(values, lambda i: source.where(rows[i]))
-    return values
+    return read_numbers([labels[r] for r in rows], lambda i: source.where(rows[i]))
 
 
 def _targets(answers: Answers, labels: Any, rows: Sequence[int], source: RowSource) -> Tensor:
@@ -305,22 +327,12 @@ def _targets(answers: Answers, labels: Any, rows: Sequence[int], source: RowSour
         return answers.targets([labels[r] for r in rows], lambda i: source.where(rows[i]))
     if isinstance(answers, Soft):
         values = labels[list(rows)].to(torch.float32)
+        check_finite(values, lambda i: source.where(rows[i]))
         if bool((values < 0).any()) or bool((values > 1).any()):
             row = int(((values < 0) | (values > 1)).any(1).nonzero()[0])
             raise DataError(f"{source.where(rows[row])}: answers are outside 0..1", why="rows of several numbers are probabilities or yes-and-no answers", mend="to predict numbers use task: regress")
         return torch.as_tensor(values)
     return answers.scaled(_number_values(labels, rows, source))
-
-
-def _strata(labels: Any, answers: Answers | None, count: int) -> list[str]:
-    return [as_word(label) for label in labels] if isinstance(answers, Classes) else [""] * count
-
-
-def _counts(found: Sequence[str], answers: Answers) -> dict[str, int]:
-    if not found or not isinstance(answers, Classes):
-        return {}
-    counter = Counter(found)
-    return {name: counter.get(name, 0) for name in answers.names}
 
 
 def _conflicts(keys: Sequence[bytes], strata: Sequence[str]) -> int:
@@ -331,10 +343,6 @@ def _conflicts(keys: Sequence[bytes], strata: Sequence[str]) -> int:
 
 
 # ------------------------------------------------------------------------------------------ measuring
-
-
-def _shape(form: InputFormat) -> tuple[int, ...]:
-    return (form.width,) if isinstance(form, Columns) else form.shape
 
 
 def _range(train: Examples) -> dict[str, float]:
@@ -361,15 +369,16 @@ def load_again(source: Any, preparation: Preparation, request: Request) -> Examp
 
     raises: DataError where a column, a class or a shape does not fit
     """
-    columns = tuple(c.name for c in preparation.inputs.columns) if isinstance(preparation.inputs, Columns) else None
+    fitted = preparation.inputs.columns if isinstance(preparation.inputs, Columns) else ()
+    dropped = {c.name: c.policy for c in fitted if c.policy == "drop"}
     image = preparation.inputs if isinstance(preparation.inputs, ImageFormat) else None
     classes = preparation.answers.names if isinstance(preparation.answers, Classes) else None
-    asked = replace(request, columns=columns, image=image, target=preparation.target or request.target, missing={}, classes=None)
+    asked = replace(request, columns=tuple(c.name for c in fitted) or None, image=image, target=preparation.target or request.target, missing=dropped, classes=None)
     rows_of = open_source(source, asked)
-    labels = _plain_labels(rows_of)
+    labels = rows_of.labels
     rows, _ = _kept_rows(rows_of, labels, replace(asked, classes=classes if request.classes is not None else None))
     if not rows:
-        raise DataError("no example is left to evaluate", file=rows_of.name)
+        raise DataError("no example is left to evaluate", why=f"{len(rows_of)} rows read, 0 after filters", file=rows_of.name)
     return rows_of.examples(rows, preparation.inputs, _targets(preparation.answers, labels, rows, rows_of))
 
 

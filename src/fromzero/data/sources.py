@@ -292,7 +292,7 @@ class ArrayRows:
             raise _other_kind(self, form)
         if tuple(self.inputs.shape[1:]) != form.shape:
             raise DataError(f"has inputs of shape {tuple(self.inputs.shape[1:])}, the model was trained with {form.shape}", file=self.name)
-        whole = list(rows) == list(range(len(self)))
+        whole = len(rows) == len(self)
         divisor = 255.0 if self.inputs.dtype == torch.uint8 else None
         return TensorExamples(self.inputs if whole else self.inputs[torch.as_tensor(rows)], targets, divisor)
 

@@ -85,7 +85,7 @@ def table_of(columns: Mapping[str, Iterable[Any]], *, name: str = "<table given 
 def missing(cell: Any) -> bool:
     """Whether a cell says nothing: None, NaN, or one of the usual words for it."""
     if isinstance(cell, str):
-        return cell in MISSING or ((cell[0].isspace() or cell[-1].isspace()) and cell.strip() in MISSING)
+        return cell.strip() in MISSING
     return cell is None or (isinstance(cell, float) and cell != cell)
 
 
@@ -151,8 +151,9 @@ def _read_separated(path: Path, separator: str) -> Table:
 def _records(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
     """(first physical line, cells) of each record that is not blank. A quote that never ends is a fault, not a long cell."""
     lines = io.StringIO(text, newline="")  # ends lines at \n, \r and \r\n alone; splitlines would cut at U+2028 too
-    quoting = csv.QUOTE_NONE if separator == "\t" and _quotes_are_text(text) else csv.QUOTE_MINIMAL
-    reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+    reader = csv.reader(lines, delimiter=separator, strict=True)
+    if separator == "\t" and _quotes_are_text(text):
+        reader = csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
     begins = 1
     try:
         for cells in reader:

@@ -93,7 +93,7 @@ def _measured(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
         yield Finding("error", "loss-not-finite", f"the first loss is {first}", "the weights or the inputs are not finite", "check inputs and initialisation")
         return
     expected = predicted_start(recipe.loss_name, facts.model.output_shape[-1] if facts.model.output_shape else 1)
-    fresh = isinstance(recipe.model.source, str) and not recipe.model.source.startswith("run:")
+    fresh = not str(recipe.model.source).startswith("run:")
     if expected is not None and fresh and first > 2 * expected + 0.5:
         yield Finding("warning", "initial-loss", f"the first loss is {first:.3g}, a fresh network should start near {expected:.3g} (ln C)", "the outputs are too large: unscaled inputs, or too large first weights", "scale the inputs, or the last layer's initial weights")
     if not math.isfinite(last) or last > 1.5 * first + 0.1:

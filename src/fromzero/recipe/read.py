@@ -26,6 +26,8 @@ _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
+_TAGS = frozenset(["map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value"])
+
 KeyPath = tuple[Any, ...]
 
 
@@ -87,7 +89,7 @@ def parse(data: bytes, file: str) -> Written:
         _refuse_depth(text, file)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark: Any = error.problem_mark or error.context_mark
         what = f"is not YAML: {error.problem or error.context}"
         raise RecipeError(what, file=file, line=mark.line + 1 if mark else 0, mend="check the indentation and the quotes there") from None
     except yaml.YAMLError as error:
@@ -131,14 +133,15 @@ class _Builder:
         self.nodes += 1
         if self.nodes > MOST_NODES or len(path) > MOST_DEPTH:
             raise RecipeError("grows too large when its aliases are expanded", file=self.file, line=node.start_mark.line + 1, mend="write the values out")
+        if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
+            self.fault(node, path, f"has the tag {node.tag!r}", "a recipe holds plain values; remove the tag")
+            return None
         if isinstance(node, yaml.MappingNode):
             return self.mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
             return [self.build(item, (*path, i)) for i, item in enumerate(node.value)]
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.startswith("tag:yaml.org,2002:python"):
-            self.fault(node, path, f"has the tag {node.tag!r}", "a recipe holds plain values; remove the tag")
-            return None
-        return node.value if node.style in ("'", '"', "|", ">") else self.scalar(node, path)
+        quoted = isinstance(node, yaml.ScalarNode) and node.style in ("'", '"', "|", ">")
+        return node.value if quoted else self.scalar(node, path)
 
     def mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         values: dict[str, Any] = {}

@@ -1,7 +1,8 @@
 """Console: events in, lines and one progress bar on a terminal out. Never reads the run, never slows it.
 
 On a terminal the bar is drawn at most 10 times a second. Anywhere else (a file, CI) there are plain lines without
-control codes: one per evaluation, and a line of progress at most every 10 seconds. Epochs and steps are counted from 1.
+control codes: one per evaluation, and a line of progress at most every 10 seconds. Epochs and steps are counted from 1,
+samples from the beginning of the run.
 """
 
 from __future__ import annotations
@@ -34,14 +35,14 @@ class Console:
         self._paper: _Paper = _Terminal(stream) if stream.isatty() and os.environ.get("TERM") != "dumb" else _Lines(stream)
         self._steps = self._steps_per_epoch = self._first_step = 0
         self._loss = self._rate = math.nan
-        self._samples = 0  # since _rate_from
+        self._samples = self._rate_samples = 0  # seen so far, and at _rate_from; -1 where not known
         self._began = self._rate_from = clock()
         self._next_draw = self._began + self._paper.interval
         self._saved_until = -math.inf
 
     def __call__(self, event: Event) -> None:
         if type(event) is StepDone:  # the fast path: nearly every event ends in these lines
-            self._samples += event.samples
+            self._samples = event.samples
             loss = self._loss + _LOSS_SHARE * (event.loss - self._loss)
             self._loss = loss if loss - loss == 0.0 else event.loss  # begins anew after a NaN
             now = self._clock()
@@ -60,6 +61,7 @@ class Console:
             self._steps, self._steps_per_epoch = event.steps, event.steps_per_epoch
         elif isinstance(event, Started):
             self._first_step, self._began = event.step, now
+            self._samples = -1 if event.step else 0
             self._next_draw = now + self._paper.interval
             again = f" from step {format_count(event.step)}" if event.step else ""
             self._say(f"{event.run}: training{again} in {event.folder}")
@@ -75,7 +77,7 @@ class Console:
                 f"{event.status} after {format_count(event.step)} steps in {format_seconds(event.seconds)}",
                 _STATUS_STYLES.get(event.status, "red"),
             )
-        self._rate_from, self._samples = now, 0  # the time of an evaluation is not the speed of a step
+        self._rate_from, self._rate_samples = now, self._samples  # the time of an evaluation is not the speed of a step
 
     def _say(self, text: str, style: str = "") -> None:
         for line in textwrap.wrap(printable(text), self._paper.width(), subsequent_indent="  "):
@@ -85,15 +87,16 @@ class Console:
         at_end = self._steps_per_epoch and event.step % self._steps_per_epoch == 0
         parts = [self._epoch(event.epoch) if at_end or not self._steps_per_epoch else f"step {self._of(event.step, self._steps)}"]
         parts.append(f"train {format_number(event.train_loss)}")
-        parts.append(f"val {format_number(event.loss)}" + (" best" if event.best else ""))
+        if event.metrics or math.isfinite(event.loss) or not math.isfinite(event.train_loss):  # else there is no validation data
+            parts.append(f"val {format_number(event.loss)}" + (" best" if event.best else ""))
         parts.extend(f"{printable(name)} {format_number(value)}" for name, value in event.metrics.items())
         return _fit(parts, self._paper.width())
 
     def _draw(self, event: StepDone, now: float) -> None:
-        if now > self._rate_from:
-            rate = self._samples / (now - self._rate_from)
+        if now > self._rate_from and self._rate_samples >= 0:
+            rate = (event.samples - self._rate_samples) / (now - self._rate_from)
             self._rate = rate if math.isnan(self._rate) else self._rate + _RATE_SHARE * (rate - self._rate)
-            self._rate_from, self._samples = now, 0
+        self._rate_from, self._rate_samples = now, event.samples
         parts = [self._epoch(event.epoch), f"step {self._of(event.step, self._steps)}", f"loss {format_number(self._loss)}"]
         if not math.isnan(self._rate):
             digits = 1 if self._rate < 10 else 0

@@ -18,7 +18,7 @@ from fromzero.report.summary import NOTHING, finite, format_count, format_number
 
 MOST_POINTS = 500  # of one curve
 _WIDTH, _HEIGHT = 640, 260  # of a chart, in SVG units; the page scales it
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 14, 14, 42  # margins for ticks and labels
+_LEFT, _RIGHT, _TOP, _BOTTOM = 74, 14, 14, 42  # margins for ticks and labels
 _LOG_RATIO = 100.0  # a loss that falls further than this is drawn on a logarithmic axis
 _MOST_DOTS = 60  # a curve with more points is a line only
 
@@ -126,7 +126,8 @@ def _charts(events: list[dict[str, Any]], evaluations: list[dict[str, Any]]) -> 
         curves.append((name, [_Curve(name, _points(flat, "value"), "b")]))
     curves.append(("learning rate", [_Curve("learning rate", _points(steps, "lr"))]))
     charts = [_chart(title, drawn) for title, lines in curves if (drawn := [line for line in lines if line.points])]
-    if lost := len(steps) + len(evaluations) - len(training) - len(validation):
+    judged = len(evaluations) if validation else 0  # without validation data every one is null
+    if lost := len(steps) + judged - len(training) - len(validation):
         charts.append(f"<p>{format_count(lost)} losses were no finite numbers and are not drawn.</p>")
     return charts
 
@@ -172,7 +173,7 @@ class _Axis:
     @staticmethod
     def over(values: Sequence[float], start: float, end: float, *, logarithmic: bool = False) -> _Axis:
         low, high = min(values), max(values)
-        if high / 2 - low / 2 <= max(1e-9 * max(abs(low), abs(high)), 1e-300):  # one number: give it some room
+        if high / 2 - low / 2 <= 1e-9 * max(abs(low), abs(high)):  # one number but for rounding: give it some room
             room = abs(low) * 0.1 or 1.0
             low, high = low - room, high + room
         return _Axis(low, high, start, end, logarithmic)
@@ -188,7 +189,10 @@ class _Axis:
         if not self.logarithmic:
             return ticks(self.low, self.high)
         powers = range(math.ceil(math.log10(self.low)), math.floor(math.log10(self.high)) + 1)
-        return [10.0**power for power in powers[:: max(1, math.ceil(len(powers) / 8))]]
+        if len(powers) > 3:
+            return [10.0**power for power in powers[:: math.ceil(len(powers) / 8)]]
+        between = (factor * 10.0**power for power in range(powers.start - 1, powers.stop) for factor in (1, 2, 5))
+        return [value for value in between if self.low <= value <= self.high]
 
 
 def _grid(across: _Axis, heights: _Axis) -> str:
@@ -264,7 +268,7 @@ small span::before { content: ""; display: inline-block; width: 1.1em; height: 3
 small .a::before { background: var(--a) } small .b::before { background: var(--b) }
 svg { display: block; width: 100%; height: auto } svg text { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-nums }
 svg .x, svg .label { text-anchor: middle } svg .y { text-anchor: end } svg line { stroke: var(--rule) }
-polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round } polyline.a { stroke: var(--a) } polyline.b { stroke: var(--b) }
+polyline { fill: none; stroke-width: 1.6; stroke-linejoin: round } polyline.a { stroke: var(--a); stroke-width: 1.2; opacity: .8 } polyline.b { stroke: var(--b) }
 circle.a { fill: var(--a) } circle.b { fill: var(--b) }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }

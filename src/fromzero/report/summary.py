@@ -6,6 +6,7 @@ Also the one way in which numbers are written for people: `format_number`, `form
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,8 @@ WIDTH = 80
 NOTHING = "-"  # stands where a value is missing
 _SPARKS = "▁▂▃▄▅▆▇█"
 _SPARK_WIDTH = 48
-_NAME_WIDTH = 28  # a run's name in a table; longer ones lose their middle
+_NAME_WIDTH = 28  # a run's name in a table, at most; longer ones lose their middle
+_METRIC_WIDTH = 21  # kept free for the longest metric, `token_accuracy 0.9812`
 
 
 def curve_table(events: Sequence[dict[str, Any]]) -> str:
@@ -34,7 +36,7 @@ def curve_table(events: Sequence[dict[str, Any]]) -> str:
         shown.pop()
     table = _curve_rows(evaluations, shown)
     left_out = [name for name in names if name not in shown]
-    note = [cut(f"no room for: {', '.join(left_out)}", WIDTH)] if left_out else []
+    note = textwrap.wrap(printable(f"no room for: {', '.join(left_out)}"), WIDTH, subsequent_indent="  ") if left_out else []
     return "\n".join([*lines, *table, *note])
 
 
@@ -45,7 +47,6 @@ def runs_table(rows: Sequence[dict[str, Any]]) -> str:
     rows = sorted(rows, key=lambda row: (row.get("created") is not None, str(row.get("created"))))
     fixed = [
         [
-            cut(printable(str(row.get("run") or NOTHING)), _NAME_WIDTH),
             cut(printable(str(row.get("status") or NOTHING)), 11),
             cut(printable(str(row.get("task") or NOTHING)), 8),
             NOTHING if row.get("steps") is None else format_count(row["steps"]),
@@ -53,11 +54,14 @@ def runs_table(rows: Sequence[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    titles = ["run", "status", "task", "steps", "time"]
-    table = _align([titles, *fixed], left=3)
-    room = WIDTH - _widest(table) - 2
+    states = _align([["status", "task", "steps", "time"], *fixed], left=2)
+    name_width = min(_NAME_WIDTH, WIDTH - _widest(states) - _METRIC_WIDTH - 4)
+    names = ["run", *(cut(printable(str(row.get("run") or NOTHING)), name_width) for row in rows)]
+    table = _align(list(zip(names, states, strict=True)), left=2)
+    width = _widest(table)
+    room = WIDTH - width - 2
     lasts = ["validation", *(_last_metrics(row.get("validation") or {}, room) for row in rows)]
-    return "\n".join(f"{line}  {last}".rstrip() for line, last in zip(table, lasts, strict=True))
+    return "\n".join(f"{line:<{width}}  {last}".rstrip() for line, last in zip(table, lasts, strict=True))
 
 
 def history(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

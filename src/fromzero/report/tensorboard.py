@@ -61,6 +61,7 @@ class TensorBoard:
     def close(self) -> None:
         if not self._closed:
             self._closed = True
+            self._step()
             self._writer.close()
 
     def _step(self) -> None:

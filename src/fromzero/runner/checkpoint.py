@@ -80,7 +80,7 @@ def _flat(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str
 
 def find(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose every byte is as noted, and what was skipped and why."""
-    skipped = []
+    skipped: list[str] = []
     for step in _steps(folder):
         wrong = _wrong_with(step)
         if not wrong:
@@ -126,7 +126,8 @@ def restore(step: Path, job: Job, best: Best) -> Progress:
 
 def _unflat(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], numbers: Mapping[str, float]) -> None:
     state: dict[int, dict[str, Tensor | float]] = {}
-    for name, value in [*tensors.items(), *numbers.items()]:
+    everything: dict[str, Tensor | float] = {**tensors, **numbers}
+    for name, value in everything.items():
         _, place, key = name.split(".", 2)
         state.setdefault(int(place), {})[key] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})

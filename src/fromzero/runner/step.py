@@ -31,7 +31,7 @@ def gradients(model: nn.Module, pieces: Pieces, loss: Loss, around: Callable[[],
         inputs, targets = piece()
         with around():
             part, counted = loss(model(inputs), targets)
-        (part / counted if whole else part).backward()  # type: ignore[no-untyped-call]
+        (part / counted if whole else part).backward()
         total += part.item()  # waits for the device
         count += counted.item()
     if not whole:

@@ -120,7 +120,9 @@ def _images(path: Path, form: ImageFormat) -> tuple[list[str], Tensor, list[Faul
     paths = walk_images(path, Counter()) if path.is_dir() else [path]
     if not paths:
         raise DataError("holds no image", file=str(path), mend=f"images end in {', '.join(sorted(ENDINGS)[:6])} …")
-    names, pixels, faults = [], [], []
+    names: list[str] = []
+    pixels: list[Tensor] = []
+    faults: list[Fault] = []
     for image in paths:
         try:
             pixels.append(read_image(image, form))

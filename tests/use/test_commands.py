@@ -1,0 +1,260 @@
+"""The command line as a person meets it: what it prints, what it returns, and what it says when something is wrong."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fromzero as fz
+
+
+def fromzero(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "fromzero.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, **options)
+
+
+@pytest.fixture
+def flowers(tmp_path: Path) -> Path:
+    """A table of two numbers and a word, three classes that can be told apart."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(150):
+        k = i % 3
+        x, y = rng.normal([k * 2, -k], 0.3)
+        rows.append(f"{x:.4f},{y:.4f},{'NA' if i % 25 == 0 else 'red' if k else 'blue'},{'abc'[k]}")
+    (tmp_path / "flowers.csv").write_text("\n".join(["x,y,colour,kind", *rows]) + "\n")
+    return tmp_path
+
+
+def test_new_plan_train_runs_evaluate_predict_in_a_row(flowers: Path) -> None:
+    made = fromzero("new", "flowers.csv", "--target", "kind", cwd=flowers)
+    assert made.returncode == 0, made.stderr
+    (flowers / "r.yaml").write_text(made.stdout)
+    planned = fromzero("plan", "r.yaml", cwd=flowers)
+    assert planned.returncode == 0 and "colour: 2 categories; empty → a category of its own" in " ".join(planned.stdout.replace("│", " ").split())
+    assert max(map(len, planned.stdout.splitlines())) <= 80
+    trained = fromzero("train", "r.yaml", "epochs=12", "--json", cwd=flowers)
+    assert trained.returncode == 0, trained.stderr
+    result = json.loads(trained.stdout)
+    assert result["validation"]["accuracy"] > 0.95
+    assert {"run", "status", "steps", "epochs", "seconds", "samples_per_second", "tokens_per_second", "parameters", "trainable_parameters", "peak_memory_bytes", "predicted", "train", "validation", "grade"} <= set(result)
+    assert sorted(p.name for p in (flowers / "runs" / "flowers").iterdir()) == ["environment.txt", "events.jsonl", "model", "page.html", "plan.json", "recipe.yaml", "result.json"]
+    again = json.loads(fromzero("train", "r.yaml", "epochs=1", "--json", cwd=flowers).stdout)
+    assert again["run"] == "flowers-2", "a name in use gets -2"
+    assert [row["run"] for row in json.loads(fromzero("runs", "--json", cwd=flowers).stdout)] == ["flowers", "flowers-2"]
+    measured = json.loads(fromzero("evaluate", "run:flowers", "--json", cwd=flowers).stdout)
+    assert measured["accuracy"] == result["validation"]["accuracy"] and measured["loss"] == pytest.approx(result["validation"]["loss"], abs=1e-12)
+    on_file = json.loads(fromzero("evaluate", "run:flowers", "flowers.csv", "--json", cwd=flowers).stdout)
+    assert on_file["examples"] == 150 and on_file["accuracy"] > 0.95
+    rows = json.loads(fromzero("predict", "run:flowers", "flowers.csv", "--json", cwd=flowers).stdout)
+    assert len(rows) == 150 and rows[0]["class"] == "a" and sum(v for k, v in rows[0].items() if k.startswith("p(")) == pytest.approx(1)
+    assert "loss" in fromzero("runs", "flowers", cwd=flowers).stdout
+
+
+def test_prediction_finds_columns_by_name_and_says_which_is_missing(flowers: Path) -> None:
+    fz.train({"task": "classify", "name": "f", "model": "mlp", "data": {"train": str(flowers / "flowers.csv"), "target": "kind"}, "epochs": 5, "report": ()}, runs=flowers / "runs")
+    straight = fz.predict("run:f", {"x": [0.1], "y": [0.2], "colour": ["blue"]}, runs=flowers / "runs")
+    swapped = fz.predict("run:f", {"colour": ["blue"], "other": [9], "y": [0.2], "x": [0.1]}, runs=flowers / "runs")
+    assert straight == swapped
+    assert fz.predict("run:f", {"x": [0.1], "y": [0.2], "colour": ["violet"]}, runs=flowers / "runs").rows[0].probabilities is not None
+    (flowers / "new.csv").write_text("X,y,colour\n1,2,red\n")
+    failed = fromzero("predict", "run:f", "new.csv", cwd=flowers)
+    assert failed.returncode == 2 and "new.csv x: has no column 'x', which the model was trained with; is 'X' the same?" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "absent.yaml"], "absent.yaml: no such recipe"),
+        (["plan", "bad.yaml"], "did you mean 'model'?"),
+        (["train", "ok.yaml", "data.train=flwers.csv"], "did you mean 'flowers.csv'?"),
+        (["train", "ok.yaml", "data.target=kid"], "has no column 'kid'; did you mean 'kind'?"),
+        (["train", "ok.yaml", "model=mlpp"], "no model is called 'mlpp'; did you mean 'mlp'?"),
+        (["train", "ok.yaml", "model={from: mlp, hiden: [3]}"], "mlp has no option 'hiden'; did you mean 'hidden'?"),
+        (["train", "ok.yaml", "model=run:nothing"], "there is no run 'nothing'"),
+        (["train", "ok.yaml", "data.classes=[a, d]"], "data.classes names 'd', which no example has"),
+        (["train", "ok.yaml", "limits.device=cuda"], "this machine has no cuda device"),
+        (["predict", "run:absent", "flowers.csv"], "there is no run 'absent'"),
+        (["predict", "run:../..", "flowers.csv"], "there is no run '../..'"),
+        (["fetch", "pypi:numpy"], "is not a pypi source"),
+        (["new", "absent.csv"], "is no file, folder or named set"),
+        (["new", "flowers.csv", "--task", "chat"], "--task chat is not known"),
+        (["resume", "nothing"], "there is no run 'nothing'"),
+    ],
+)
+def test_mistakes_end_with_2_one_message_and_no_traceback(flowers: Path, arguments: list[str], said: str) -> None:
+    (flowers / "ok.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 1\n")
+    (flowers / "bad.yaml").write_text("task: classify\nmodle: mlp\ndata: flowers.csv\n")
+    done = fromzero(*arguments, "--json", cwd=flowers)
+    assert done.returncode == 2
+    assert said in done.stderr and "Traceback" not in done.stderr
+    assert json.loads(done.stdout)["code"] == 2, "exactly one JSON value, for errors too"
+    assert not (flowers / "runs" / "ok").exists(), "nothing is left behind by a run that never began"
+
+
+def test_nan_stops_the_run_with_3_before_the_weights_are_touched(flowers: Path) -> None:
+    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\noptimizer: {name: sgd, lr: 1e30}\nepochs: 3\n")
+    done = fromzero("train", "r.yaml", cwd=flowers)
+    assert done.returncode == 3 and "the loss is" in done.stderr and "try optimizer.lr=1e+29" in done.stderr
+
+
+def test_the_time_limit_stops_with_3_and_the_run_can_go_on(flowers: Path) -> None:
+    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 100000\nlimits: {seconds: 0.2}\n")
+    done = fromzero("train", "r.yaml", cwd=flowers)
+    assert done.returncode == 3 and "fromzero resume r goes on" in done.stderr
+    assert len(list((flowers / "runs" / "r" / "checkpoints").iterdir())) == 1
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_stops_and_resume_goes_on(flowers: Path, number: int, code: int) -> None:
+    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nsteps: 200000\nevaluate: 1000000\n")
+    process = subprocess.Popen([sys.executable, "-m", "fromzero.cli", "train", "r.yaml"], cwd=flowers, stderr=subprocess.PIPE, text=True)
+    events = flowers / "runs" / "r" / "events.jsonl"
+    for _ in range(600):
+        if events.exists() and "Started" in events.read_text():
+            break
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == code and "saved; fromzero resume r goes on from there" in said
+    step = int(next((flowers / "runs" / "r" / "checkpoints").iterdir()).name.removeprefix("step-"))
+    assert step > 0
+    (flowers / "runs" / "r" / "recipe.yaml").write_text((flowers / "runs" / "r" / "recipe.yaml").read_text().replace("200000", str(step + 50)))
+    resumed = fromzero("resume", "r", "--json", cwd=flowers)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads(resumed.stdout)["steps"] == step + 50
+
+
+def test_resume_refuses_data_that_has_changed(flowers: Path) -> None:
+    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 100000\nlimits: {seconds: 0.1}\n")
+    assert fromzero("train", "r.yaml", cwd=flowers).returncode == 3
+    with (flowers / "flowers.csv").open("a") as file:
+        file.write("1,1,red,a\n")
+    done = fromzero("resume", "r", cwd=flowers)
+    assert done.returncode == 2 and "the data has changed since the run began" in done.stderr
+
+
+def test_a_flipped_byte_in_a_checkpoint_is_noticed_by_name(flowers: Path) -> None:
+    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 100000\nlimits: {seconds: 0.1}\n")
+    assert fromzero("train", "r.yaml", cwd=flowers).returncode == 3
+    weights = next((flowers / "runs" / "r" / "checkpoints").glob("*/weights.safetensors"))
+    data = bytearray(weights.read_bytes())
+    data[-3] ^= 1
+    weights.write_bytes(bytes(data))
+    done = fromzero("resume", "r", cwd=flowers)
+    assert done.returncode == 2 and "weights.safetensors has changed since it was written" in done.stderr
+
+
+def test_a_full_disk_is_one_message(flowers: Path) -> None:
+    import resource
+
+    (flowers / "r.yaml").write_text("task: classify\nmodel: {from: mlp, hidden: [600, 600]}\ndata: {train: flowers.csv, target: kind}\nepochs: 1\n")
+    done = fromzero("train", "r.yaml", cwd=flowers, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
+    assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_runs_that_cannot_be_written_are_refused_before_training(flowers: Path) -> None:
+    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\n")
+    (flowers / "taken").write_text("a file")
+    done = fromzero("train", "r.yaml", "--runs", "taken", cwd=flowers)
+    assert done.returncode == 2 and "name another" in done.stderr
+
+
+def test_images_train_from_a_folder_and_broken_ones_are_listed_at_prediction(tmp_path: Path) -> None:
+    for k, name in enumerate(["dark", "light"]):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.fromarray(np.full((12, 12), 40 + 150 * k + i, dtype=np.uint8)).save(tmp_path / "pictures" / name / f"{i}.png")
+    made = fromzero("new", "pictures", cwd=tmp_path)
+    (tmp_path / "r.yaml").write_text(made.stdout)
+    done = fromzero("train", "r.yaml", "epochs=30", "optimizer.lr=0.02", "data.augment=light", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["validation"]["accuracy"] == 1.0
+    (tmp_path / "pictures" / "dark" / "cut.png").write_bytes(b"\x89PNG nonsense")
+    predicted = fromzero("predict", "run:pictures", "pictures", "--output", "out.csv", cwd=tmp_path)
+    assert predicted.returncode == 2 and "cut.png: is no image that can be read" in predicted.stderr
+    assert len((tmp_path / "out.csv").read_text().splitlines()) == 41
+
+
+def test_regress_learns_scaled_answers_and_speaks_in_the_datas_units(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(200, 2))
+    rows = [f"{a:.4f},{b:.4f},{4000 + 800 * a - 300 * b:.2f}" for a, b in x]
+    (tmp_path / "mass.csv").write_text("\n".join(["a,b,mass", *rows]))
+    (tmp_path / "r.yaml").write_text(fz.new(str(tmp_path / "mass.csv")))
+    assert "scale_target: standard" in (tmp_path / "r.yaml").read_text()
+    result = fz.train(tmp_path / "r.yaml", runs=tmp_path / "runs", quiet=True).result
+    assert result["validation"]["r2"] > 0.99 and result["validation"]["rmse"] < 60
+    found = fz.predict("run:mass", {"a": [1.0], "b": [0.0]}, runs=tmp_path / "runs").rows[0]
+    assert found.values is not None and found.values["mass"] == pytest.approx(4800, abs=100)
+
+
+def test_a_run_can_be_opened_after_the_users_file_has_changed(tmp_path: Path) -> None:
+    (tmp_path / "net.py").write_text("from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self, width=4):\n        super().__init__(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 2))\n")
+    x, y = torch.randn(40, 2), torch.arange(40) % 2
+    np.savez(tmp_path / "d.npz", x=x.numpy(), y=y.numpy())
+    recipe = {"task": "classify", "name": "n", "model": {"from": "net.py:Net", "width": 6}, "data": "d.npz", "epochs": 1, "report": ()}
+    outcome = fz.run(fz.plan(recipe, runs=tmp_path / "runs", beside=tmp_path), quiet=True)
+    (tmp_path / "net.py").write_text("broken(")
+    again = fz.load("run:n", runs=tmp_path / "runs")
+    assert all(torch.equal(a, b) for a, b in zip(outcome.model.state_dict().values(), again.state_dict().values(), strict=True))
+    assert torch.equal(again(x), outcome.model(x))
+    shutil.copytree(tmp_path / "runs" / "n", tmp_path / "stranger")
+    with pytest.raises(fz.SourceError, match="code of a folder outside your runs is not run"):
+        fz.load(str(tmp_path / "stranger"), runs=tmp_path / "runs")
+
+
+def test_a_sequential_given_from_python_comes_back_in_another_process(tmp_path: Path) -> None:
+    from torch import nn
+
+    x, y = torch.randn(60, 4), torch.arange(60) % 3
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 3))
+    outcome = fz.train(model=model, data=(x, y), epochs=1, runs=tmp_path, quiet=True, report=())
+    code = f"import fromzero as fz, torch; torch.save(fz.load('run:run', runs={str(tmp_path)!r})(torch.ones(2, 4)).detach(), {str(tmp_path / 'o.pt')!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
+    assert torch.equal(torch.load(tmp_path / "o.pt"), outcome.model(torch.ones(2, 4)).detach())
+
+
+def test_a_model_folder_that_asks_for_code_is_never_imported(tmp_path: Path) -> None:
+    folder = tmp_path / "foreign"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"auto_map": {"AutoModel": "modeling.Evil"}}')
+    (folder / "modeling.py").write_text(f"open({str(tmp_path / 'marker')!r}, 'w')")
+    with pytest.raises(fz.SourceError, match=r"asks for code of its own \(auto_map\); it was not run"):
+        fz.load(str(folder), runs=tmp_path / "runs")
+    assert not (tmp_path / "marker").exists()
+
+
+def test_weights_with_missing_extra_or_changed_tensors_are_refused_by_name(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    x, y = torch.randn(60, 4), torch.arange(60) % 3
+    fz.train(model="mlp", data=(x, y), epochs=1, runs=tmp_path, quiet=True, report=())
+    path = tmp_path / "run" / "model" / "weights.safetensors"
+    tensors = load_file(path)
+    save_file({("head.wieght" if n == "head.weight" else n): t for n, t in tensors.items()}, path)
+    with pytest.raises(fz.SourceError, match="has changed since it was written"):
+        fz.load("run:run", runs=tmp_path)
+    described = tmp_path / "run" / "model" / "model.json"
+    values = json.loads(described.read_text())
+    values["weights"] = {}
+    described.write_text(json.dumps(values))
+    with pytest.raises(fz.SourceError, match=r"missing head.weight; extra head.wieght; near: head.weight ~ head.wieght"):
+        fz.load("run:run", runs=tmp_path)
+
+
+def test_penguins_reach_97_percent_from_new_alone(shared: Path, tmp_path: Path) -> None:
+    shutil.copy(shared / "penguins.csv", tmp_path)
+    (tmp_path / "r.yaml").write_text(fz.new(str(tmp_path / "penguins.csv")))
+    for seed in range(3):
+        planned = fz.plan(fz.read(tmp_path / "r.yaml", f"seed={seed}"), runs=tmp_path / "runs", probe=False)
+        assert fz.run(planned, quiet=True).result["validation"]["accuracy"] >= 0.97
