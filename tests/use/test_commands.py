@@ -1,5 +1,7 @@
 """The command line as a person meets it: what it prints, what it returns, and what it says when something is wrong."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -7,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +18,29 @@ import torch
 from PIL import Image
 
 import fromzero as fz
+from fromzero.cli import app
 
 
-def fromzero(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
+@dataclass(frozen=True)
+class Done:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def fromzero(*arguments: str, cwd: Path) -> Done:
+    """The command, in this process: importing torch anew for each would cost minutes."""
+    out, said, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+        try:
+            app(list(arguments))
+        except SystemExit as error:
+            code = int(error.code or 0)
+    return Done(code, out.getvalue(), said.getvalue())
+
+
+def fromzero_apart(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own."""
     return subprocess.run([sys.executable, "-m", "fromzero.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, **options)
 
 
@@ -158,7 +181,7 @@ def test_a_full_disk_is_one_message(flowers: Path) -> None:
     import resource
 
     (flowers / "r.yaml").write_text("task: classify\nmodel: {from: mlp, hidden: [600, 600]}\ndata: {train: flowers.csv, target: kind}\nepochs: 1\n")
-    done = fromzero("train", "r.yaml", cwd=flowers, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
+    done = fromzero_apart("train", "r.yaml", cwd=flowers, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
     assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr
 
 

@@ -22,7 +22,7 @@ from fromzero.data.catalogue import NAMED_SETS
 from fromzero.data.columns import Columns, as_word
 from fromzero.data.examples import Examples, ItemExamples, TensorExamples
 from fromzero.data.images import ImageFormat, find_images
-from fromzero.data.sources import ArrayRows, ImageRows, InputFormat, ItemRows, RowSource, TableRows, table_rows
+from fromzero.data.sources import ArrayRows, ImageRows, InputFormat, ItemRows, RowSource, TableRows, refuse_other_kind, table_rows
 from fromzero.data.split import hold_out, sample
 from fromzero.data.table import Table, read_table, table_of
 from fromzero.errors import DataError, SourceError, did_you_mean
@@ -170,6 +170,7 @@ class _Part:
         return [self.contents[row] for row in self.rows]
 
     def examples(self, form: InputFormat, answers: Answers) -> Examples:
+        refuse_other_kind(self.source, form)
         return self.source.examples(self.rows, form, _targets(answers, self.labels, self.rows, self.source))
 
     def counts(self, answers: Answers) -> dict[str, int]:
@@ -379,7 +380,7 @@ def load_again(source: Any, preparation: Preparation, request: Request) -> Examp
     rows, _ = _kept_rows(rows_of, labels, replace(asked, classes=classes if request.classes is not None else None))
     if not rows:
         raise DataError("no example is left to evaluate", why=f"{len(rows_of)} rows read, 0 after filters", file=rows_of.name)
-    return rows_of.examples(rows, preparation.inputs, _targets(preparation.answers, labels, rows, rows_of))
+    return _Part(rows_of, labels, (), rows).examples(preparation.inputs, preparation.answers)
 
 
 __all__ = ["DataFacts", "ItemExamples", "Loaded", "Numbers", "Preparation", "Request", "load", "load_again"]

@@ -93,8 +93,7 @@ class TableRows:
         return fit_columns(self.table.take(rows), self.inputs, self.policies)
 
     def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
-        if not isinstance(form, Columns):
-            raise _other_kind(self, form)
+        assert isinstance(form, Columns)
         return TensorExamples(form.apply(self.table.take(rows)), targets)
 
 
@@ -248,8 +247,7 @@ class ImageRows:
         return ImageFormat(height, width, 1 if set(self.modes) <= GREY_MODES else 3)
 
     def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
-        if not isinstance(form, ImageFormat):
-            raise _other_kind(self, form)
+        assert isinstance(form, ImageFormat)
         if form in self._pixels:
             return TensorExamples(self._pixels[form][list(rows)], targets, divisor=255.0)
         paths = [self.tree.paths[row] for row in self._rows]
@@ -288,8 +286,7 @@ class ArrayRows:
         return ArrayFormat(tuple(self.inputs.shape[1:]), 255.0 if self.inputs.dtype == torch.uint8 else None)
 
     def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
-        if not isinstance(form, ArrayFormat):
-            raise _other_kind(self, form)
+        assert isinstance(form, ArrayFormat)
         if tuple(self.inputs.shape[1:]) != form.shape:
             raise DataError(f"has inputs of shape {tuple(self.inputs.shape[1:])}, the model was trained with {form.shape}", file=self.name)
         whole = len(rows) == len(self)
@@ -353,17 +350,19 @@ class ItemRows:
         return ArrayFormat(self.shape)
 
     def examples(self, rows: Sequence[int], form: InputFormat, targets: Tensor) -> Examples:
-        if not isinstance(form, ArrayFormat):
-            raise _other_kind(self, form)
+        assert isinstance(form, ArrayFormat)
         if self.shape != form.shape:
             raise DataError(f"has inputs of shape {self.shape}, the model was trained with {form.shape}", file=self.name)
         fetch: Callable[[int], Any] = lambda row: torch.as_tensor(self._item(row)[0]).to(torch.float32)  # noqa: E731
         return ItemExamples(fetch, targets, tuple(rows))
 
 
-def _other_kind(source: RowSource, form: InputFormat) -> DataError:
-    kinds = {Columns: "tables", ImageFormat: "images", ArrayFormat: "arrays"}
-    return DataError(f"holds {source.kind}, the model was trained on {kinds[type(form)]}", mend="give data of that kind", file=source.name)
+def refuse_other_kind(source: RowSource, form: InputFormat) -> None:
+    """raises: DataError if such rows can never become inputs of this format"""
+    kind, wanted = {"table": ("a table", Columns), "images": ("images", ImageFormat)}.get(source.kind, ("arrays", ArrayFormat))
+    if not isinstance(form, wanted):
+        trained = {Columns: "a table", ImageFormat: "images", ArrayFormat: "arrays"}[type(form)]
+        raise DataError(f"holds {kind}, the model was trained on {trained}", mend="give data of that kind", file=source.name)
 
 
-__all__ = ["ArrayFormat", "ArrayRows", "Column", "ImageRows", "InputFormat", "ItemRows", "RowSource", "TableRows", "guess_target", "table_rows"]
+__all__ = ["ArrayFormat", "ArrayRows", "Column", "ImageRows", "InputFormat", "ItemRows", "RowSource", "TableRows", "guess_target", "refuse_other_kind", "table_rows"]
