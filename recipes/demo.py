@@ -28,7 +28,9 @@ def main() -> int:
     print(f"\n{'run':<20}{'untouched digits':>17}{'seconds':>9}{'trainable':>12}{'parameters':>12}")
     for outcome in (first, second, third):
         r = outcome.result
-        print(f"{r['run']:<20}{r['validation']['accuracy']:>16.1%}{r['seconds']:>10.1f}{r['trainable_parameters']:>12,}{r['parameters']:>12,}")
+        print(
+            f"{r['run']:<20}{r['validation']['accuracy']:>16.1%}{r['seconds']:>10.1f}{r['trainable_parameters']:>12,}{r['parameters']:>12,}"
+        )
     gain = 100 * (second.result["validation"]["accuracy"] - third.result["validation"]["accuracy"])
     name, tool = second.folder.name, Path(sys.executable).parent / "fromzero"
     shown = tool.relative_to(Path.cwd()) if tool.is_relative_to(Path.cwd()) else tool

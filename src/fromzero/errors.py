@@ -1,16 +1,16 @@
 """Errors: what went wrong in, one message out that says what, where, why and the mend.
 
-    FromzeroError              code 1   our bug unless a subclass says otherwise
-    ├── UserError              code 2   the user can mend it
-    │   ├── RecipeError                 the recipe: keys, values, overrides
-    │   ├── DataError                   files, columns, labels, images
-    │   ├── ModelError                  the model cannot be built, or does not fit the data
-    │   ├── ShapeError                  two tensors that do not belong together
-    │   ├── SourceError                 a name that leads to no file, an archive or weights not to be trusted
-    │   ├── PlanRefused                 the plan shows that the run cannot do what was asked
-    │   └── MissingExtra                an optional package is not installed
-    ├── NumbersError           code 3   the numbers stopped the run: NaN, a limit, a frozen tensor that moved
-    └── Interrupted            code 130 or 143, after saving
+FromzeroError              code 1   our bug, such as a frozen tensor that moved, unless a subclass says otherwise
+├── UserError              code 2   the user can mend it
+│   ├── RecipeError                 the recipe: keys, values, overrides
+│   ├── DataError                   files, columns, labels, images
+│   ├── ModelError                  the model cannot be built, or does not fit the data
+│   ├── ShapeError                  two tensors that do not belong together
+│   ├── SourceError                 a name that leads to no file, an archive or weights not to be trusted
+│   ├── PlanRefused                 the plan shows that the run cannot do what was asked
+│   └── MissingExtra                an optional package is not installed
+├── NumbersError           code 3   the numbers stopped the run: NaN, or limits.seconds
+└── Interrupted            code 130 or 143, after saving
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class Interrupted(FromzeroError):
 
 def nearest(word: str, known: Iterable[str], *, count: int = 1) -> list[str]:
     """The known words closest to this one, best first; none where nothing is close."""
-    return difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    spelled = {name.lower(): name for name in reversed(list(known))}
+    return [spelled[close] for close in difflib.get_close_matches(word.lower(), list(spelled), n=count, cutoff=0.6)]
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

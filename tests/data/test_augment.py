@@ -34,7 +34,11 @@ def test_an_images_change_does_not_depend_on_its_batch(size, dtype):
 def test_another_epoch_seed_or_sample_changes_images_otherwise():
     augment = Augmentation(shift=0.2, rotate=30)
     base = augment(IMAGES, SAMPLES, seed=0, epoch=0)
-    for other in (augment(IMAGES, SAMPLES, seed=1, epoch=0), augment(IMAGES, SAMPLES, seed=0, epoch=1), augment(IMAGES, SAMPLES + 50, seed=0, epoch=0)):
+    for other in (
+        augment(IMAGES, SAMPLES, seed=1, epoch=0),
+        augment(IMAGES, SAMPLES, seed=0, epoch=1),
+        augment(IMAGES, SAMPLES + 50, seed=0, epoch=0),
+    ):
         assert not torch.allclose(base, other)
 
 
@@ -52,7 +56,9 @@ def test_a_turn_keeps_shapes_and_never_passes_its_angle(height, width):
     spot[:, 0, height // 2, width // 2 + 10] = 1.0
     out = Augmentation(rotate=30)(spot, SAMPLES, seed=0, epoch=0)
     angles = (keyed_uniform(0, 0, SAMPLES, 4)[:, 0] * 2 - 1) * 30
-    y, x = torch.meshgrid(torch.arange(height, dtype=torch.float64) - height // 2, torch.arange(width, dtype=torch.float64) - width // 2, indexing="ij")
+    y, x = torch.meshgrid(
+        torch.arange(height, dtype=torch.float64) - height // 2, torch.arange(width, dtype=torch.float64) - width // 2, indexing="ij"
+    )
     for image, angle in zip(out[:, 0], angles, strict=True):
         at_x, at_y = float((image * x).sum() / image.sum()), float((image * y).sum() / image.sum())
         assert (at_x**2 + at_y**2) ** 0.5 == pytest.approx(10, abs=0.5)  # in pixels, also where the image is not square

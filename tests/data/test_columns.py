@@ -19,7 +19,10 @@ def fitted(**policies):
 def test_numbers_are_scaled_words_are_one_hot_and_gaps_are_flagged():
     values = torch.tensor([1.0, 3.0, 8.0], dtype=torch.float64)
     scaled = ((torch.tensor([1.0, 3.0, 3.0, 8.0], dtype=torch.float64) - values.mean()) / values.std(correction=0)).float()
-    expected = torch.stack([scaled, torch.tensor([0.0, 1, 0, 0]), torch.tensor([1.0, 0, 0, 1]), torch.tensor([0.0, 1, 0, 0]), torch.tensor([0.0, 0, 1, 0])], dim=1)
+    expected = torch.stack(
+        [scaled, torch.tensor([0.0, 1, 0, 0]), torch.tensor([1.0, 0, 0, 1]), torch.tensor([0.0, 1, 0, 0]), torch.tensor([0.0, 0, 1, 0])],
+        dim=1,
+    )
     assert torch.equal(fitted().apply(TABLE), expected)
 
 
@@ -102,7 +105,11 @@ def test_missing_or_doubly_used_columns_come_all_at_once():
     with pytest.raises(DataError) as caught:
         load(Request({"width": [1, 2], "y": [0, 1]}, target="y", columns=("widht", "y"), missing={"hight": "drop"}))
     text = str(caught.value)
-    assert "data.input: has no column 'widht'; did you mean 'width'?" in text and "data.missing: has no column 'hight'" in text and "'y' is both input and target" in text
+    assert (
+        "data.input: has no column 'widht'; did you mean 'width'?" in text
+        and "data.missing: has no column 'hight'" in text
+        and "'y' is both input and target" in text
+    )
 
 
 def test_penguins_are_read_with_a_policy_for_every_column(shared):
@@ -110,7 +117,9 @@ def test_penguins_are_read_with_a_policy_for_every_column(shared):
     assert loaded.facts.classes == ("Adelie", "Chinstrap", "Gentoo")
     assert loaded.facts.train + loaded.facts.validation == 344
     assert list(loaded.facts.columns) == ["island", "bill_length_mm", "bill_depth_mm", "flipper_length_mm", "body_mass_g", "sex", "year"]
-    assert "3 categories" in loaded.facts.columns["island"] and loaded.facts.columns["sex"].startswith("2 categories; empty → a category of its own")
+    assert "3 categories" in loaded.facts.columns["island"] and loaded.facts.columns["sex"].startswith(
+        "2 categories; empty → a category of its own"
+    )
     assert all(torch.isfinite(part.take(torch.arange(len(part)))[0]).all() for part in (loaded.train, loaded.validation))
 
 

@@ -28,7 +28,15 @@ def refused(request, *said, kind=DataError):
 # ------------------------------------------------------------------------------------- from Python
 
 
-@pytest.mark.parametrize("make", [lambda: (X, Y), lambda: [X.tolist(), Y.tolist()], lambda: (torch.tensor(X), torch.tensor(Y)), lambda: (X.astype(">f8"), Y.astype(">i2"))])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: (X, Y),
+        lambda: [X.tolist(), Y.tolist()],
+        lambda: (torch.tensor(X), torch.tensor(Y)),
+        lambda: (X.astype(">f8"), Y.astype(">i2")),
+    ],
+)
 def test_arrays_lists_and_tensors_are_the_same_data(make):
     loaded = load(Request(make(), hold_out=0.0))
     inputs, targets = everything(loaded.train)
@@ -84,7 +92,10 @@ def test_a_dict_and_a_data_frame_are_tables():
     import polars
 
     columns = {"a": np.array([1.5, 2.0, 4.0, np.nan]), "b": ["u", "v", None, "u"], "label": ["no", "yes", "yes", "no"]}
-    results = [everything(load(Request(source, hold_out=0.0)).train) for source in (columns, Frame(columns), polars.DataFrame(columns, strict=False))]
+    results = [
+        everything(load(Request(source, hold_out=0.0)).train)
+        for source in (columns, Frame(columns), polars.DataFrame(columns, strict=False))
+    ]
     assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
     assert results[0][0].shape == (4, 5)
 
@@ -123,7 +134,9 @@ def test_a_dataset_of_the_wrong_items_is_refused(items, said):
 
 
 def test_a_loader_and_other_things_are_refused():
-    refused(Request(DataLoader(TensorDataset(torch.ones(2, 2), torch.ones(2)))), "a DataLoader was given", "give its dataset: loader.dataset")
+    refused(
+        Request(DataLoader(TensorDataset(torch.ones(2, 2), torch.ones(2)))), "a DataLoader was given", "give its dataset: loader.dataset"
+    )
     refused(Request(5), "int is no data", "give (inputs, targets)")
     refused(Request(iter([1])), "is no data")
 
@@ -139,7 +152,11 @@ def test_labels_from_one_stay_indices():
 
 @pytest.mark.parametrize(
     ("bad", "said"),
-    [(-1, ("example 7", "label -1 is below 0", "number the classes from 0")), (200_000, ("largest label is 200000", "task: regress")), (1.5, ("example 7", "label 1.5 is no class", "1 of 60"))],
+    [
+        (-1, ("example 7", "label -1 is below 0", "number the classes from 0")),
+        (200_000, ("largest label is 200000", "task: regress")),
+        (1.5, ("example 7", "label 1.5 is no class", "1 of 60")),
+    ],
 )
 def test_labels_that_are_no_index_are_named(bad, said):
     y = Y.astype(np.float64)
@@ -170,7 +187,9 @@ def test_rows_of_probabilities_are_soft_answers_and_are_checked():
 
 def test_two_classes_for_bce_are_a_column_of_floats_and_three_are_refused():
     loaded = load(Request((X, Y % 2), hold_out=0.0, answers="binary"))
-    assert loaded.preparation.answers == Classes(("0", "1"), binary=True) and torch.equal(everything(loaded.train)[1], torch.tensor(Y % 2)[:, None].float())
+    assert loaded.preparation.answers == Classes(("0", "1"), binary=True) and torch.equal(
+        everything(loaded.train)[1], torch.tensor(Y % 2)[:, None].float()
+    )
     refused(Request((X, Y), answers="binary"), "bce needs 2 classes, the data has 3")
 
 
@@ -181,7 +200,12 @@ def test_numbers_are_scaled_by_the_training_rows_and_restored():
     assert isinstance(loaded.preparation.answers, Numbers)
     torch.testing.assert_close(targets.mean(), torch.tensor(0.0), atol=1e-5, rtol=0)
     restored = loaded.preparation.answers.restored(targets)
-    assert all(float(v) == pytest.approx(float(w), abs=1e-3) for v, w in zip(sorted(restored[:, 0].tolist()), sorted(y[i] for i in range(60) if abs(restored[:, 0] - y[i]).min() < 1e-3), strict=True))
+    assert all(
+        float(v) == pytest.approx(float(w), abs=1e-3)
+        for v, w in zip(
+            sorted(restored[:, 0].tolist()), sorted(y[i] for i in range(60) if abs(restored[:, 0] - y[i]).min() < 1e-3), strict=True
+        )
+    )
     y[5] = np.inf
     refused(Request((X, y), answers="number", hold_out=0.0), "example 5", "not a finite number")
 
@@ -191,7 +215,7 @@ def test_numbers_are_scaled_by_the_training_rows_and_restored():
 
 def test_classes_are_filtered_and_ordered_as_asked(tmp_path):
     path = tmp_path / "t.csv"
-    path.write_text("x,y\n" + "".join(f"{i * i},{'cat dog newt'.split()[i % 3]}\n" for i in range(30)))
+    path.write_text("x,y\n" + "".join(f"{i * i},{['cat', 'dog', 'newt'][i % 3]}\n" for i in range(30)))
     loaded = load(Request(path, classes=("newt", "cat"), hold_out=0.0))
     assert loaded.facts.classes == ("newt", "cat") and loaded.facts.train_counts == {"newt": 10, "cat": 10}
     assert everything(loaded.train)[1][:2].tolist() == [1, 0] and "data.classes keeps 20 of 30 rows" in loaded.facts.notes
@@ -215,7 +239,11 @@ def test_the_digest_knows_content_and_order():
     swapped[[10, 11]] = [11, 10]
     changed[5, 2] += 1e-4
     assert base == load(Request((X.copy(), Y.copy()))).facts.digest
-    assert base not in {load(Request((X[swapped], Y[swapped]))).facts.digest, load(Request((changed, Y))).facts.digest, load(Request((X, Y), validation=(X, Y))).facts.digest}
+    assert base not in {
+        load(Request((X[swapped], Y[swapped]))).facts.digest,
+        load(Request((changed, Y))).facts.digest,
+        load(Request((X, Y), validation=(X, Y))).facts.digest,
+    }
 
 
 def test_repeats_and_contradictions_are_counted_and_stay_on_one_side():
@@ -262,7 +290,10 @@ def files(folder):
 def test_a_table_or_an_array_is_the_same_in_every_kind_of_file(tmp_path):
     files(tmp_path)
     arrays = [everything(load(Request(tmp_path / f"d.{kind}", hold_out=0.0)).train) for kind in ("npz", "pt", "safetensors")]
-    tables = [everything(load(Request(tmp_path / name, hold_out=0.0)).train) for name in ("d.csv", "d.tsv", "d.jsonl", "d.json", "columns.json", "d.parquet")]
+    tables = [
+        everything(load(Request(tmp_path / name, hold_out=0.0)).train)
+        for name in ("d.csv", "d.tsv", "d.jsonl", "d.json", "columns.json", "d.parquet")
+    ]
     for group in (arrays, tables):
         assert all(torch.equal(a, b) for other in group[1:] for a, b in zip(group[0], other, strict=True))
     assert torch.equal(arrays[0][0], torch.tensor(X)) and torch.equal(tables[0][1], torch.tensor(Y))
@@ -277,7 +308,9 @@ def test_an_array_that_is_not_there_brings_the_nearest(tmp_path):
 
 def test_a_tsv_of_texts_that_begin_with_quotes_keeps_every_row(tmp_path):
     path = tmp_path / "reviews.tsv"
-    path.write_text("text\tlabel\tscore\n" + "".join(f'"{"good" if i % 2 else "bad"} film\t{i % 2}\t{i * i}\n' for i in range(54)) + "fine\t1\t3\n")
+    path.write_text(
+        "text\tlabel\tscore\n" + "".join(f'"{"good" if i % 2 else "bad"} film\t{i % 2}\t{i * i}\n' for i in range(54)) + "fine\t1\t3\n"
+    )
     facts = load(Request(path, columns=("text", "score"), hold_out=0.0)).facts
     assert facts.train == 55 and facts.train_counts == {"0": 27, "1": 28}
 
@@ -306,7 +339,11 @@ def test_other_data_is_prepared_as_in_training(tmp_path):
 def test_data_of_another_kind_or_shape_than_in_training_is_refused(tmp_path):
     table = load(Request({"x": [1, 5, 3, 2], "y": ["a", "b"] * 2}, hold_out=0.0)).preparation
     arrays = load(Request((X, Y))).preparation
-    for preparation, data, said in ((table, (X, Y), "holds arrays, the model was trained on a table"), (arrays, {"x": [1, 5], "y": [0, 1]}, "holds a table, the model was trained on arrays"), (arrays, (X[:, :3], Y), "shape (3,), the model was trained with (4,)")):
+    for preparation, data, said in (
+        (table, (X, Y), "holds arrays, the model was trained on a table"),
+        (arrays, {"x": [1, 5], "y": [0, 1]}, "holds a table, the model was trained on arrays"),
+        (arrays, (X[:, :3], Y), "shape (3,), the model was trained with (4,)"),
+    ):
         with pytest.raises(DataError) as caught:
             load_again(data, preparation, Request(data, target="y" if isinstance(data, dict) else None))
         assert said in str(caught.value)

@@ -39,7 +39,13 @@ def splitmix(z):
 def test_draws_equal_splitmix64_written_in_plain_integers(seed, epoch):
     golden = 0x9E3779B97F4A7C15
     base = splitmix((seed * golden + epoch + 1) % 2**64) % 2**63
-    theirs = [[(splitmix((splitmix((c * golden + base) % 2**64) + golden) % 2**64) >> 11) * 2.0**-53 for c in (4 * s, 4 * s + 1, 4 * s + 2, 4 * s + 3)] for s in (0, 5, 10**9)]
+    theirs = [
+        [
+            (splitmix((splitmix((c * golden + base) % 2**64) + golden) % 2**64) >> 11) * 2.0**-53
+            for c in (4 * s, 4 * s + 1, 4 * s + 2, 4 * s + 3)
+        ]
+        for s in (0, 5, 10**9)
+    ]
     assert keyed_uniform(seed, epoch, torch.tensor([0, 5, 10**9]), 4).tolist() == theirs
 
 

@@ -32,7 +32,9 @@ def refused(path, *said, read=check_zip):
         assert piece in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["../evil.txt", "a/../../evil.txt", "/etc/evil", "..\\evil.txt", "C:\\evil.txt", "C:evil", "\\\\host\\evil", ".."])
+@pytest.mark.parametrize(
+    "name", ["../evil.txt", "a/../../evil.txt", "/etc/evil", "..\\evil.txt", "C:\\evil.txt", "C:evil", "\\\\host\\evil", ".."]
+)
 def test_an_entry_that_leads_outside_is_named(tmp_path, name):
     path = make(tmp_path / "z.zip", ("fine.txt", "x"), (name, "x"))
     refused(path, repr(name), "leads outside the archive", "not to be trusted")
@@ -93,7 +95,9 @@ def test_damage_anywhere_is_refused_or_harmless_but_never_a_traceback(tmp_path, 
     content = bytes(range(256)) * 2
     path = make(tmp_path / "z.zip", ("a.bin", content), compression=compression)
     whole, refusals = path.read_bytes(), 0
-    for data in [whole[:n] for n in range(0, len(whole), 7)] + [whole[:n] + bytes([whole[n] ^ 255]) + whole[n + 1 :] for n in range(0, len(whole), 3)]:
+    for data in [whole[:n] for n in range(0, len(whole), 7)] + [
+        whole[:n] + bytes([whole[n] ^ 255]) + whole[n + 1 :] for n in range(0, len(whole), 3)
+    ]:
         path.write_bytes(data)
         try:
             assert read_member(path, "a.bin") == content

@@ -59,7 +59,9 @@ def test_a_jpeg_cut_anywhere_is_refused_by_name(tmp_path, tenths):
 
 
 @pytest.mark.parametrize("name", ["p.jpg", "p.png", "p.gif", "p.tif", "p.webp"])
-@pytest.mark.parametrize("data", [b"%PDF-1.7\n%\xe2\xe3\n1 0 obj\n", b"just text\n", b"\x80\x04\x95.", b"GIF89a", b"II*\0\xff\xff\xff\xff", b"\x89PNG\r\n\x1a\n"])
+@pytest.mark.parametrize(
+    "data", [b"%PDF-1.7\n%\xe2\xe3\n1 0 obj\n", b"just text\n", b"\x80\x04\x95.", b"GIF89a", b"II*\0\xff\xff\xff\xff", b"\x89PNG\r\n\x1a\n"]
+)
 def test_another_file_named_like_an_image_is_refused(tmp_path, name, data):
     path = tmp_path / name
     path.write_bytes(data)
@@ -178,7 +180,16 @@ def test_an_animation_gives_its_first_frame(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_an_image_is_turned_as_its_exif_says(tmp_path, orientation):
     upright = np.array([[10, 20, 30], [40, 50, 60]], dtype=np.uint8)
-    back = {1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1], 5: upright.T, 6: np.rot90(upright), 7: np.rot90(upright, 2).T, 8: np.rot90(upright, -1)}
+    back = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.T,
+        6: np.rot90(upright),
+        7: np.rot90(upright, 2).T,
+        8: np.rot90(upright, -1),
+    }
     exif = Image.Exif()
     exif[0x0112] = orientation
     path = saved(tmp_path, Image.fromarray(np.ascontiguousarray(back[orientation])), exif=exif)

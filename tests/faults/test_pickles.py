@@ -119,7 +119,9 @@ def test_a_file_damaged_anywhere_is_refused_or_read_but_never_a_traceback(tmp_pa
     writers[name]()
     whole = path.read_bytes()
     step = max(1, len(whole) // 40)
-    damaged = [whole[:n] for n in range(0, len(whole), step)] + [whole[:n] + b"\xff" * 4 + whole[n + 4 :] for n in range(0, len(whole), step)]
+    damaged = [whole[:n] for n in range(0, len(whole), step)] + [
+        whole[:n] + b"\xff" * 4 + whole[n + 4 :] for n in range(0, len(whole), step)
+    ]
     refusals = 0
     for data in damaged:
         path.write_bytes(data)

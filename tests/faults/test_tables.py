@@ -57,7 +57,12 @@ def test_marks_inside_text_neither_cut_a_row_nor_are_changed(write, mark, end):
 
 
 def test_half_a_surrogate_pair_in_json_is_refused_with_its_line(write):
-    refused(write('{"x": "ok \\ud83d\\ude00", "y": 1}\n{"x": "\\ud800", "y": 1}\n', "t.jsonl"), "t.jsonl:2", "half of a surrogate pair", "write the character itself")
+    refused(
+        write('{"x": "ok \\ud83d\\ude00", "y": 1}\n{"x": "\\ud800", "y": 1}\n', "t.jsonl"),
+        "t.jsonl:2",
+        "half of a surrogate pair",
+        "write the character itself",
+    )
     assert read_table(write('{"x": "\\ud83d\\ude00"}\n', "t.jsonl")).columns == {"x": ["😀"]}
 
 
@@ -90,7 +95,9 @@ def test_brackets_inside_text_are_no_nesting(write):
 
 
 def test_a_ragged_row_is_named_by_its_physical_line(write):
-    error = refused(write('x,y\n"a\nb",1\n1,2,3\n4\n'), "t.csv:4: has 3 cells, the header has 2", "t.csv:5: has 1 cells", "needs quotes around the cell")
+    error = refused(
+        write('x,y\n"a\nb",1\n1,2,3\n4\n'), "t.csv:4: has 3 cells, the header has 2", "t.csv:5: has 1 cells", "needs quotes around the cell"
+    )
     assert [fault.line for fault in error.faults] == [4, 5]
 
 
@@ -160,12 +167,20 @@ def test_no_row_with_an_answer_gives_the_counts(write):
 def test_a_class_that_no_row_has_names_those_there_are(write):
     path = write("x,y\n1,cat\n2,dog\n3,cat\n4,dog\n9,newt\n")
     for classes in (("cat", "dogg"), ("dogg",)):
-        refused(path, "names 'dogg', which no example has", "the classes are cat, dog, newt", "did you mean 'dog'?", read=lambda p, c=classes: load(Request(p, classes=c)))
+        refused(
+            path,
+            "names 'dogg', which no example has",
+            "the classes are cat, dog, newt",
+            "did you mean 'dog'?",
+            read=lambda p, c=classes: load(Request(p, classes=c)),
+        )
 
 
 def test_dropping_every_row_gives_the_counts(write):
     request = {"missing": {"x": "drop"}, "columns": ("x", "z")}
-    refused(write("x,z,y\n,1,a\n?,2,b\ninf,3,a\n"), "no row is left", "3 rows", "empty cell in x", read=lambda p: load(Request(p, **request)))
+    refused(
+        write("x,z,y\n,1,a\n?,2,b\ninf,3,a\n"), "no row is left", "3 rows", "empty cell in x", read=lambda p: load(Request(p, **request))
+    )
 
 
 def test_a_validation_file_without_answers_is_refused(write):
@@ -178,7 +193,13 @@ def test_a_validation_file_without_answers_is_refused(write):
 
 def test_a_label_seen_only_in_validation_is_named_by_file_and_line(write):
     train, held = write("x,y\n1,cat\n2,dog\n4,cat\n3,dog\n"), write("x,y\n1,cat\n2,dgo\n", "v.csv")
-    refused(train, "v.csv:3: label 'dgo' is none of the 2 classes", "they are cat, dog", "did you mean 'dog'?", read=lambda p: load(Request(p, validation=held)))
+    refused(
+        train,
+        "v.csv:3: label 'dgo' is none of the 2 classes",
+        "they are cat, dog",
+        "did you mean 'dog'?",
+        read=lambda p: load(Request(p, validation=held)),
+    )
 
 
 def test_labels_with_fractions_are_no_classes_unless_named(write):
@@ -187,13 +208,20 @@ def test_labels_with_fractions_are_no_classes_unless_named(write):
     assert load(Request(path, classes=("0.5", "1.0"))).facts.classes == ("0.5", "1.0")
 
 
-@pytest.mark.parametrize(("answer", "said"), [("high", "'high' is not a number"), ("inf", "not a finite number"), ("9" * 400, "not a finite number")])
+@pytest.mark.parametrize(
+    ("answer", "said"), [("high", "'high' is not a number"), ("inf", "not a finite number"), ("9" * 400, "not a finite number")]
+)
 def test_an_answer_that_is_no_finite_number_is_named(write, answer, said):
     refused(write(f"x,y\n1,0.5\n2,{answer}\n3,1\n"), "t.csv:3", said, read=lambda p: load(Request(p, answers="number", hold_out=0.0)))
 
 
 def test_a_json_number_too_large_for_floats_is_refused_not_a_traceback(write):
-    refused(write('{"x": 1, "y": 1}\n{"x": 2, "y": ' + "9" * 400 + "}\n", "t.jsonl"), "t.jsonl:2", "not a number", read=lambda p: load(Request(p, answers="number", hold_out=0.0)))
+    refused(
+        write('{"x": 1, "y": 1}\n{"x": 2, "y": ' + "9" * 400 + "}\n", "t.jsonl"),
+        "t.jsonl:2",
+        "not a number",
+        read=lambda p: load(Request(p, answers="number", hold_out=0.0)),
+    )
 
 
 def test_one_row_with_label_99_is_seen_in_the_counts(write):
@@ -215,7 +243,13 @@ def test_the_usual_words_for_nothing_are_gaps(write):
 def test_infinite_cells_are_gaps_and_dropped_where_asked(write):
     path = write("x,z,y\n1,3,a\ninf,4,b\n2,5,a\n-inf,7,b\n5,8,b\n")
     assert load(Request(path, hold_out=0.0, missing={"x": "drop"})).facts.train == 3
-    refused(path, "t.csv:3 x: is inf, not a finite number", "t.csv:5", "data.missing says error", read=lambda p: load(Request(p, hold_out=0.0, missing={"x": "error"})))
+    refused(
+        path,
+        "t.csv:3 x: is inf, not a finite number",
+        "t.csv:5",
+        "data.missing says error",
+        read=lambda p: load(Request(p, hold_out=0.0, missing={"x": "error"})),
+    )
 
 
 def test_constant_and_empty_columns_are_set_aside_with_a_reason(write):
@@ -225,6 +259,8 @@ def test_constant_and_empty_columns_are_set_aside_with_a_reason(write):
 
 
 def test_values_beyond_all_scaling_are_refused(write):
-    refused(write("x,y\n1e308,a\n-1e308,b\n1,a\n"), "x: holds values up to 1e+308", "too large", read=lambda p: load(Request(p, hold_out=0.0)))
+    refused(
+        write("x,y\n1e308,a\n-1e308,b\n1,a\n"), "x: holds values up to 1e+308", "too large", read=lambda p: load(Request(p, hold_out=0.0))
+    )
     train, held = write("x,y\n1,a\n2,b\n3,a\n"), write("x,y\n1,a\n1e300,a\n", "v.csv")
     refused(train, "v.csv:3 x: 1e300 is out of all range", read=lambda p: load(Request(p, validation=held)))

@@ -130,3 +130,10 @@ def test_a_file_that_vanishes_after_the_listing_is_named(root, monkeypatch):
 def test_a_path_too_long_or_impossible_is_not_found_rather_than_a_traceback(tmp_path, name):
     with pytest.raises(DataError, match="is no file, folder or named set"):
         load(Request(name, folders=(tmp_path,)))
+
+
+def test_a_label_fault_shows_a_name_that_is_not_utf8_as_valid_text(root, tmp_path):
+    picture(os.fsencode(tmp_path) + b"/held/fox/\xff.png", 9)
+    with pytest.raises(DataError) as caught:
+        load(Request(root, validation=tmp_path / "held"))
+    assert "fox/\\xff.png: label 'fox' is none of the 2 classes" in str(caught.value).encode().decode()

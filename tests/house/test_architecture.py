@@ -122,7 +122,9 @@ def test_files_do_not_import_each_other_in_a_circle() -> None:
 
 
 def test_only_the_doors_import_ours_inside_a_function() -> None:
-    wrong = [f"{p.relative_to(SOURCE)}:{node.lineno}" for p in files() if room_of(p) not in DOORS for _, node, inside in imports(p) if inside]
+    wrong = [
+        f"{p.relative_to(SOURCE)}:{node.lineno}" for p in files() if room_of(p) not in DOORS for _, node, inside in imports(p) if inside
+    ]
     assert not wrong
 
 

@@ -49,14 +49,31 @@ def test_a_key_in_the_wrong_section_is_sent_to_its_own(tmp_path: Path) -> None:
 
 def test_missing_keys_are_named_with_their_meaning(tmp_path: Path) -> None:
     found = faults(tmp_path, "model: mlp\n")
-    assert [f.split(":")[0] + ":" + f.split(":")[1] for f in found] == ["recipe.yaml task: is missing; it says", "recipe.yaml data: is missing; it says"]
+    assert [f.split(":")[0] + ":" + f.split(":")[1] for f in found] == [
+        "recipe.yaml task: is missing; it says",
+        "recipe.yaml data: is missing; it says",
+    ]
 
 
 def test_a_key_that_stands_twice_is_refused_with_both_lines(tmp_path: Path) -> None:
     assert faults(tmp_path, WHOLE + "batch: 64\n") == ["recipe.yaml:6 batch: stands twice (first in line 5); keep one of them"]
 
 
-@pytest.mark.parametrize(("text", "value"), [("1e-4", 1e-4), ("1E3", 1000.0), ("0x10", 16), ("1_000", "1_000"), ("no", "no"), ("on", "on"), ("true", True), ("'3'", "3"), ("12:30:00", "12:30:00"), ("2020-01-01", "2020-01-01")])
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-4", 1e-4),
+        ("1E3", 1000.0),
+        ("0x10", 16),
+        ("1_000", "1_000"),
+        ("no", "no"),
+        ("on", "on"),
+        ("true", True),
+        ("'3'", "3"),
+        ("12:30:00", "12:30:00"),
+        ("2020-01-01", "2020-01-01"),
+    ],
+)
 def test_scalars_follow_the_core_rules_of_yaml_1_2(text: str, value: object) -> None:
     found = parse(f"x: {text}".encode(), "f").values["x"]
     assert found == value and type(found) is type(value)
@@ -70,11 +87,14 @@ def test_a_word_where_a_switch_belongs_is_refused(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("task: !!python/object/apply:os.system [ls]\n", "has the tag"),
-        ("a: &a [x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a]\nc: &c [*b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c]\ne: &e [*d, *d, *d, *d, *d]\nf: [*e, *e, *e, *e, *e]\n", "grows too large"),
+        (
+            "a: &a [x, x]\nb: &b [*a, *a, *a, *a, *a, *a, *a]\nc: &c [*b, *b, *b, *b, *b, *b, *b]\nd: &d [*c, *c, *c, *c, *c, *c]\ne: &e [*d, *d, *d, *d, *d]\nf: [*e, *e, *e, *e, *e]\n",
+            "grows too large",
+        ),
         ("[" * 50 + "]" * 50, "nested more than 20 deep"),
         ("x: {a: 1", "is not YAML"),
         ("", "is empty"),
-        ("- a\n- b\n", "is not a list of keys"),
+        ("- a\n- b\n", "is no recipe"),
         ("x: " + "y" * 300_000, "larger than 256 kB"),
         ("clip:\n", "has no value"),
     ],
@@ -103,7 +123,9 @@ def test_overrides_reach_into_short_forms_and_are_checked_too(tmp_path: Path) ->
     assert recipe.optimizer.name == "sgd" and recipe.optimizer.lr == 1e-4
     assert recipe.data.limit is not None and recipe.data.limit.per_class == 5 and recipe.data.train == "a.csv"
     assert recipe.model.options == {"hidden": (8,)} and recipe.data.classes == ("1", "2")
-    assert faults(tmp_path, text, "optimizer.lr=no") == ["command line optimizer.lr: 'no' does not fit; it says: learning rate: size of a step"]
+    assert faults(tmp_path, text, "optimizer.lr=no") == [
+        "command line optimizer.lr: 'no' does not fit; it says: learning rate: size of a step"
+    ]
     assert "is not an override" in faults(tmp_path, text, "batch")[0]
 
 
@@ -119,12 +141,12 @@ def test_every_key_of_every_shipped_recipe_with_one_letter_changed_is_refused(re
     mutated = 0
     for path in recipes:
         values = parse(path.read_bytes(), str(path)).values
-        for section, keys in [((), list(values)), *(((k,), list(v)) for k, v in values.items() if isinstance(v, dict) and k != "model")]:
+        for _section, keys in [((), list(values)), *(((k,), list(v)) for k, v in values.items() if isinstance(v, dict) and k != "model")]:
             for key in keys:
                 text = path.read_text()
                 line = next(part for part in text.splitlines() if f"{key}:" in part and not part.startswith("#"))
                 broken = text.replace(line, line.replace(f"{key}:", f"{key[:-1]}{'x' if key[-1] != 'x' else 'z'}:", 1))
-                with pytest.raises(fz.RecipeError, match="is no key|is missing"):
+                with pytest.raises(fz.RecipeError, match=r"is no key|is missing"):
                     read(written(tmp_path, broken))
                 mutated += 1
         assert read(path)
@@ -133,7 +155,15 @@ def test_every_key_of_every_shipped_recipe_with_one_letter_changed_is_refused(re
 
 def test_a_recipe_is_written_so_that_it_reads_back_the_same(repository: Path, tmp_path: Path) -> None:
     for path in sorted((repository / "recipes").glob("*.yaml")):
-        recipe = read(path, ["clip=1", "data.classes=['1', no, 2.0]", "optimizer.lr_scale={conv*: 0.1}", "loss={name: cross_entropy, label_smoothing: 0.1}"])
+        recipe = read(
+            path,
+            [
+                "clip=1",
+                "data.classes=['1', no, 2.0]",
+                "optimizer.lr_scale={conv*: 0.1}",
+                "loss={name: cross_entropy, label_smoothing: 0.1}",
+            ],
+        )
         assert read(written(tmp_path, write(recipe))) == recipe
 
 

@@ -45,7 +45,9 @@ def test_weights_after_50_steps_equal_a_plain_loop_bit_for_bit(tmp_path: Path, b
     theirs = Small(dropout)
     given = Small(dropout)
     given.load_state_dict(theirs.state_dict())
-    outcome = train(tmp_path, model=given, data={"train": (x, y), "hold_out": 0.0}, optimizer=fz.AdamW(lr=1e-2), batch=batch, steps=50, seed=5)
+    outcome = train(
+        tmp_path, model=given, data={"train": (x, y), "hold_out": 0.0}, optimizer=fz.AdamW(lr=1e-2), batch=batch, steps=50, seed=5
+    )
 
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.01)
     torch.manual_seed(5)

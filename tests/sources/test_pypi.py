@@ -85,7 +85,11 @@ def test_a_file_whose_note_is_lost_is_fetched_anew(downloads):
 def test_another_digest_than_the_pinned_one_is_refused_and_nothing_is_kept(downloads, pins):
     with pytest.raises(SourceError) as caught:
         fetch(PypiSource("toy", "1.0", "toy/data/t.csv", **pins))
-    assert "is not what was pinned" in str(caught.value) and "expected 0000000000000000…" in str(caught.value) and "try another" in str(caught.value)
+    assert (
+        "is not what was pinned" in str(caught.value)
+        and "expected 0000000000000000…" in str(caught.value)
+        and "try another" in str(caught.value)
+    )
     assert not [p for p in cache_folder().rglob("*") if p.is_file()]
 
 
@@ -118,8 +122,14 @@ def test_pips_own_last_error_is_passed_on(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(SourceError) as caught:
         fetch(TOY)
-    assert "toy==1.0 could not be fetched" in str(caught.value) and "No matching distribution" in str(caught.value) and "check the name" in str(caught.value)
-    assert commands[0][:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in commands[0] and "--only-binary=:all:" in commands[0]
+    assert (
+        "toy==1.0 could not be fetched" in str(caught.value)
+        and "No matching distribution" in str(caught.value)
+        and "check the name" in str(caught.value)
+    )
+    assert (
+        commands[0][:4] == [sys.executable, "-m", "pip", "download"] and "--no-deps" in commands[0] and "--only-binary=:all:" in commands[0]
+    )
     assert capsys.readouterr().out == ""
 
 

@@ -52,7 +52,13 @@ def test_body_is_all_but_the_head_and_globs_match_parameters_or_layers() -> None
     assert find_frozen(layers(model), names, "head", names=["*.bias"]).layers == ()
 
 
-@pytest.mark.parametrize(("asked", "said"), [({"through": "convv2"}, "no layer 'convv2' that runs; did you mean 'conv2'"), ({"names": ["cnov1*"]}, "matches no parameter; did you mean 'conv1")])
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"through": "convv2"}, "no layer 'convv2' that runs; did you mean 'conv2'"),
+        ({"names": ["cnov1*"]}, "matches no parameter; did you mean 'conv1"),
+    ],
+)
 def test_names_that_lead_nowhere_are_refused_with_the_nearest(asked: dict[str, object], said: str) -> None:
     model = Body()
     with pytest.raises(fz.RecipeError, match=said):
@@ -118,7 +124,7 @@ def test_a_run_whose_frozen_weights_move_is_an_error(tmp_path: object) -> None:
 def test_a_new_head_is_sized_from_the_data_and_takes_the_place_of_the_last_linear(tmp_path: object) -> None:
     outcome = fz.train(model=Body(), data=images(), head="new", epochs=1, runs=tmp_path, quiet=True, report=())
     assert outcome.model.head.weight.shape == (3, 8)
-    assert fz.load("run:run", runs=tmp_path, model=Body()).head.weight.shape == (3, 8)
+    assert fz.load("run:body", runs=tmp_path, model=Body()).head.weight.shape == (3, 8)
 
 
 def test_a_model_without_a_linear_says_how_to_name_its_head() -> None:
@@ -133,7 +139,17 @@ def test_learning_rate_multipliers_reach_the_parameters_they_name(tmp_path: obje
     torch.manual_seed(0)
     model = Body()
     before = {n: t.clone() for n, t in model.named_parameters()}
-    planned = fz.plan({"task": "classify", "model": model, "data": {"train": images()}, "optimizer": {"name": "sgd", "lr": 0.1, "lr_scale": {"conv*": 0.0, "head": 0.1}}, "steps": 1, "report": ()}, runs=tmp_path)
+    planned = fz.plan(
+        {
+            "task": "classify",
+            "model": model,
+            "data": {"train": images()},
+            "optimizer": {"name": "sgd", "lr": 0.1, "lr_scale": {"conv*": 0.0, "head": 0.1}},
+            "steps": 1,
+            "report": (),
+        },
+        runs=tmp_path,
+    )
     assert {row.layer: row.lr for row in planned.plan.trains} == pytest.approx({"conv1": 0.0, "bn": 0.1, "conv2": 0.0, "head": 0.01})
     after = dict(fz.run(planned, quiet=True).model.named_parameters())
     assert torch.equal(before["conv1.weight"], after["conv1.weight"]) and not torch.equal(before["bn.weight"], after["bn.weight"])

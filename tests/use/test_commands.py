@@ -41,7 +41,9 @@ def fromzero(*arguments: str, cwd: Path) -> Done:
 
 def fromzero_apart(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
-    return subprocess.run([sys.executable, "-m", "fromzero.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "fromzero.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, **options
+    )
 
 
 @pytest.fixture
@@ -62,19 +64,46 @@ def test_new_plan_train_runs_evaluate_predict_in_a_row(flowers: Path) -> None:
     assert made.returncode == 0, made.stderr
     (flowers / "r.yaml").write_text(made.stdout)
     planned = fromzero("plan", "r.yaml", cwd=flowers)
-    assert planned.returncode == 0 and "colour: 2 categories; empty → a category of its own" in " ".join(planned.stdout.replace("│", " ").split())
+    assert planned.returncode == 0 and "colour: 2 categories; empty → a category of its own" in " ".join(
+        planned.stdout.replace("│", " ").split()
+    )
     assert max(map(len, planned.stdout.splitlines())) <= 80
     trained = fromzero("train", "r.yaml", "epochs=12", "--json", cwd=flowers)
     assert trained.returncode == 0, trained.stderr
     result = json.loads(trained.stdout)
     assert result["validation"]["accuracy"] > 0.95
-    assert {"run", "status", "steps", "epochs", "seconds", "samples_per_second", "tokens_per_second", "parameters", "trainable_parameters", "peak_memory_bytes", "predicted", "train", "validation", "grade"} <= set(result)
-    assert sorted(p.name for p in (flowers / "runs" / "flowers").iterdir()) == ["environment.txt", "events.jsonl", "model", "page.html", "plan.json", "recipe.yaml", "result.json"]
+    assert {
+        "run",
+        "status",
+        "steps",
+        "epochs",
+        "seconds",
+        "samples_per_second",
+        "tokens_per_second",
+        "parameters",
+        "trainable_parameters",
+        "peak_memory_bytes",
+        "predicted",
+        "train",
+        "validation",
+        "grade",
+    } <= set(result)
+    assert sorted(p.name for p in (flowers / "runs" / "flowers").iterdir()) == [
+        "environment.txt",
+        "events.jsonl",
+        "model",
+        "page.html",
+        "plan.json",
+        "recipe.yaml",
+        "result.json",
+    ]
     again = json.loads(fromzero("train", "r.yaml", "epochs=1", "--json", cwd=flowers).stdout)
     assert again["run"] == "flowers-2", "a name in use gets -2"
     assert [row["run"] for row in json.loads(fromzero("runs", "--json", cwd=flowers).stdout)] == ["flowers", "flowers-2"]
     measured = json.loads(fromzero("evaluate", "run:flowers", "--json", cwd=flowers).stdout)
-    assert measured["accuracy"] == result["validation"]["accuracy"] and measured["loss"] == pytest.approx(result["validation"]["loss"], abs=1e-12)
+    assert measured["accuracy"] == result["validation"]["accuracy"] and measured["loss"] == pytest.approx(
+        result["validation"]["loss"], abs=1e-12
+    )
     on_file = json.loads(fromzero("evaluate", "run:flowers", "flowers.csv", "--json", cwd=flowers).stdout)
     assert on_file["examples"] == 150 and on_file["accuracy"] > 0.95
     rows = json.loads(fromzero("predict", "run:flowers", "flowers.csv", "--json", cwd=flowers).stdout)
@@ -83,7 +112,17 @@ def test_new_plan_train_runs_evaluate_predict_in_a_row(flowers: Path) -> None:
 
 
 def test_prediction_finds_columns_by_name_and_says_which_is_missing(flowers: Path) -> None:
-    fz.train({"task": "classify", "name": "f", "model": "mlp", "data": {"train": str(flowers / "flowers.csv"), "target": "kind"}, "epochs": 5, "report": ()}, runs=flowers / "runs")
+    fz.train(
+        {
+            "task": "classify",
+            "name": "f",
+            "model": "mlp",
+            "data": {"train": str(flowers / "flowers.csv"), "target": "kind"},
+            "epochs": 5,
+            "report": (),
+        },
+        runs=flowers / "runs",
+    )
     straight = fz.predict("run:f", {"x": [0.1], "y": [0.2], "colour": ["blue"]}, runs=flowers / "runs")
     swapped = fz.predict("run:f", {"colour": ["blue"], "other": [9], "y": [0.2], "x": [0.1]}, runs=flowers / "runs")
     assert straight == swapped
@@ -108,6 +147,9 @@ def test_prediction_finds_columns_by_name_and_says_which_is_missing(flowers: Pat
         (["predict", "run:absent", "flowers.csv"], "there is no run 'absent'"),
         (["predict", "run:../..", "flowers.csv"], "there is no run '../..'"),
         (["fetch", "pypi:numpy"], "is not a pypi source"),
+        (["fetch", "mnist"], "is no named set and no pypi: source; did you mean 'mnist-5k'?"),
+        (["train", "ok.yaml", "optimizer={name: sgd, lr: 1e30}"], "lr 1e+30 is far too large; try optimizer.lr=1e+28"),
+        (["plan", "flowers.csv"], "this looks like data: fromzero new flowers.csv > recipe.yaml"),
         (["new", "absent.csv"], "is no file, folder or named set"),
         (["new", "flowers.csv", "--task", "chat"], "--task chat is not known"),
         (["resume", "nothing"], "there is no run 'nothing'"),
@@ -123,14 +165,24 @@ def test_mistakes_end_with_2_one_message_and_no_traceback(flowers: Path, argumen
     assert not (flowers / "runs" / "ok").exists(), "nothing is left behind by a run that never began"
 
 
-def test_nan_stops_the_run_with_3_before_the_weights_are_touched(flowers: Path) -> None:
-    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\noptimizer: {name: sgd, lr: 1e30}\nepochs: 3\n")
+def test_a_loss_that_is_no_number_stops_with_3_before_the_weights_are_touched(flowers: Path) -> None:
+    (flowers / "own.py").write_text(
+        "import torch.nn.functional as F\nimport torch\ncalls = 0\n"
+        "def loss(outputs, targets):\n    global calls\n    calls += 1\n"
+        "    scale = float('nan') if calls > 60 else 1.0\n"
+        "    return F.cross_entropy(outputs, targets, reduction='sum') * scale, torch.tensor(float(len(targets)))\n"
+    )
+    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nloss: own.py:loss\nsteps: 500\n")
     done = fromzero("train", "r.yaml", cwd=flowers)
-    assert done.returncode == 3 and "the loss is" in done.stderr and "try optimizer.lr=1e+29" in done.stderr
+    assert done.returncode == 3 and "the loss is nan; training examples [" in done.stderr and "try optimizer.lr=0.0001" in done.stderr
+    weights = fz.load("run:r", runs=flowers / "runs").state_dict()
+    assert len(weights) == 6 and all(bool(torch.isfinite(t).all()) for t in weights.values())
 
 
 def test_the_time_limit_stops_with_3_and_the_run_can_go_on(flowers: Path) -> None:
-    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 100000\nlimits: {seconds: 0.2}\n")
+    (flowers / "r.yaml").write_text(
+        "task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 100000\nlimits: {seconds: 0.2}\n"
+    )
     done = fromzero("train", "r.yaml", cwd=flowers)
     assert done.returncode == 3 and "fromzero resume r goes on" in done.stderr
     assert len(list((flowers / "runs" / "r" / "checkpoints").iterdir())) == 1
@@ -138,7 +190,9 @@ def test_the_time_limit_stops_with_3_and_the_run_can_go_on(flowers: Path) -> Non
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_saves_and_stops_and_resume_goes_on(flowers: Path, number: int, code: int) -> None:
-    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nsteps: 200000\nevaluate: 1000000\n")
+    (flowers / "r.yaml").write_text(
+        "task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nsteps: 200000\nevaluate: 1000000\n"
+    )
     process = subprocess.Popen([sys.executable, "-m", "fromzero.cli", "train", "r.yaml"], cwd=flowers, stderr=subprocess.PIPE, text=True)
     events = flowers / "runs" / "r" / "events.jsonl"
     for _ in range(600):
@@ -151,14 +205,18 @@ def test_a_signal_saves_and_stops_and_resume_goes_on(flowers: Path, number: int,
     assert process.returncode == code and "saved; fromzero resume r goes on from there" in said
     step = int(next((flowers / "runs" / "r" / "checkpoints").iterdir()).name.removeprefix("step-"))
     assert step > 0
-    (flowers / "runs" / "r" / "recipe.yaml").write_text((flowers / "runs" / "r" / "recipe.yaml").read_text().replace("200000", str(step + 50)))
+    (flowers / "runs" / "r" / "recipe.yaml").write_text(
+        (flowers / "runs" / "r" / "recipe.yaml").read_text().replace("200000", str(step + 50))
+    )
     resumed = fromzero("resume", "r", "--json", cwd=flowers)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads(resumed.stdout)["steps"] == step + 50
 
 
 def test_resume_refuses_data_that_has_changed(flowers: Path) -> None:
-    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 100000\nlimits: {seconds: 0.1}\n")
+    (flowers / "r.yaml").write_text(
+        "task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 100000\nlimits: {seconds: 0.1}\n"
+    )
     assert fromzero("train", "r.yaml", cwd=flowers).returncode == 3
     with (flowers / "flowers.csv").open("a") as file:
         file.write("1,1,red,a\n")
@@ -167,7 +225,9 @@ def test_resume_refuses_data_that_has_changed(flowers: Path) -> None:
 
 
 def test_a_flipped_byte_in_a_checkpoint_is_noticed_by_name(flowers: Path) -> None:
-    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 100000\nlimits: {seconds: 0.1}\n")
+    (flowers / "r.yaml").write_text(
+        "task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 100000\nlimits: {seconds: 0.1}\n"
+    )
     assert fromzero("train", "r.yaml", cwd=flowers).returncode == 3
     weights = next((flowers / "runs" / "r" / "checkpoints").glob("*/weights.safetensors"))
     data = bytearray(weights.read_bytes())
@@ -180,7 +240,9 @@ def test_a_flipped_byte_in_a_checkpoint_is_noticed_by_name(flowers: Path) -> Non
 def test_a_full_disk_is_one_message(flowers: Path) -> None:
     import resource
 
-    (flowers / "r.yaml").write_text("task: classify\nmodel: {from: mlp, hidden: [600, 600]}\ndata: {train: flowers.csv, target: kind}\nepochs: 1\n")
+    (flowers / "r.yaml").write_text(
+        "task: classify\nmodel: {from: mlp, hidden: [600, 600]}\ndata: {train: flowers.csv, target: kind}\nepochs: 1\n"
+    )
     done = fromzero_apart("train", "r.yaml", cwd=flowers, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000)))
     assert done.returncode == 2 and "File too large" in done.stderr and "Traceback" not in done.stderr
 
@@ -222,7 +284,9 @@ def test_regress_learns_scaled_answers_and_speaks_in_the_datas_units(tmp_path: P
 
 
 def test_a_run_can_be_opened_after_the_users_file_has_changed(tmp_path: Path) -> None:
-    (tmp_path / "net.py").write_text("from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self, width=4):\n        super().__init__(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 2))\n")
+    (tmp_path / "net.py").write_text(
+        "from torch import nn\nclass Net(nn.Sequential):\n    def __init__(self, width=4):\n        super().__init__(nn.Linear(2, width), nn.ReLU(), nn.Linear(width, 2))\n"
+    )
     x, y = torch.randn(40, 2), torch.arange(40) % 2
     np.savez(tmp_path / "d.npz", x=x.numpy(), y=y.numpy())
     recipe = {"task": "classify", "name": "n", "model": {"from": "net.py:Net", "width": 6}, "data": "d.npz", "epochs": 1, "report": ()}
@@ -242,7 +306,7 @@ def test_a_sequential_given_from_python_comes_back_in_another_process(tmp_path: 
     x, y = torch.randn(60, 4), torch.arange(60) % 3
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(0.1), nn.Linear(8, 3))
     outcome = fz.train(model=model, data=(x, y), epochs=1, runs=tmp_path, quiet=True, report=())
-    code = f"import fromzero as fz, torch; torch.save(fz.load('run:run', runs={str(tmp_path)!r})(torch.ones(2, 4)).detach(), {str(tmp_path / 'o.pt')!r})"
+    code = f"import fromzero as fz, torch; torch.save(fz.load('run:sequential', runs={str(tmp_path)!r})(torch.ones(2, 4)).detach(), {str(tmp_path / 'o.pt')!r})"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ)
     assert torch.equal(torch.load(tmp_path / "o.pt"), outcome.model(torch.ones(2, 4)).detach())
 
@@ -278,6 +342,28 @@ def test_weights_with_missing_extra_or_changed_tensors_are_refused_by_name(tmp_p
 def test_penguins_reach_97_percent_from_new_alone(shared: Path, tmp_path: Path) -> None:
     shutil.copy(shared / "penguins.csv", tmp_path)
     (tmp_path / "r.yaml").write_text(fz.new(str(tmp_path / "penguins.csv")))
-    for seed in range(3):
+    for seed in range(4):
         planned = fz.plan(fz.read(tmp_path / "r.yaml", f"seed={seed}"), runs=tmp_path / "runs", probe=False)
         assert fz.run(planned, quiet=True).result["validation"]["accuracy"] >= 0.97
+
+
+def test_overrides_do_not_depend_on_their_order_and_steps_take_the_place_of_epochs(flowers: Path) -> None:
+    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 3\n")
+    for order in (["optimizer.lr=0.5", "optimizer=sgd", "steps=7"], ["steps=7", "optimizer=sgd", "optimizer.lr=0.5"]):
+        recipe = fz.read(flowers / "r.yaml", *order)
+        assert (recipe.optimizer.name, recipe.optimizer.lr, recipe.steps, recipe.epochs) == ("sgd", 0.5, 7, None)
+
+
+def test_a_finished_run_is_not_resumed_but_named_as_done(flowers: Path) -> None:
+    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nsteps: 3\n")
+    assert fromzero("train", "r.yaml", cwd=flowers).returncode == 0
+    done = fromzero("resume", "r", cwd=flowers)
+    assert done.returncode == 2 and "run 'r' is done after 3 steps; to train on from it, use model: run:r" in done.stderr
+
+
+def test_a_run_on_data_from_python_is_evaluated_when_the_data_is_given_again(tmp_path: Path) -> None:
+    x, y = torch.randn(90, 4), torch.arange(90) % 3
+    outcome = fz.train(model="mlp", data=(x, y), epochs=2, runs=tmp_path, quiet=True, report=())
+    found = fz.evaluate("run:run", runs=tmp_path, train_data=(x, y))
+    assert found["loss"] == pytest.approx(outcome.result["validation"]["loss"], rel=1e-6)
+    assert fz.evaluate("run:run", (x, y), runs=tmp_path, train_data=(x, y))["examples"] == 90

@@ -89,7 +89,9 @@ def find_classes(labels: Sequence[Any], keep: Sequence[str] | None, where: Calla
         absent = [name for name in keep if name not in counts]
         if absent:
             why = f"the classes are {', '.join(_sorted(counts)[:20])}"
-            raise DataError(f"data.classes names '{absent[0]}', which no example has", why=why, mend=did_you_mean(absent[0], counts), key="data.classes")
+            raise DataError(
+                f"data.classes names '{absent[0]}', which no example has", why=why, mend=did_you_mean(absent[0], counts), key="data.classes"
+            )
         if len(set(keep)) != len(keep):
             raise DataError("data.classes names a class twice", key="data.classes")
         return tuple(keep)
@@ -128,7 +130,9 @@ def read_numbers(labels: Sequence[Any], where: Callable[[int], str]) -> Tensor:
         try:
             values[row, 0] = float(label)
         except (ValueError, TypeError, OverflowError):
-            raise DataError(f"{where(row)}: the answer {str(label)[:40]!r} is not a number", mend="to name classes use task: classify") from None
+            raise DataError(
+                f"{where(row)}: the answer {str(label)[:40]!r} is not a number", mend="to name classes use task: classify"
+            ) from None
     check_finite(values, where)
     return values
 

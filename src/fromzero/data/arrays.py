@@ -48,10 +48,14 @@ def read_inputs(path: Path) -> Any:
 
 def _pick(arrays: Mapping[str, Any], asked: str | None, usual: tuple[str, ...], key: str, path: Path) -> Any:
     if asked is not None and asked not in arrays:
-        raise DataError(f"has no array '{asked}'", mend=did_you_mean(asked, arrays) or f"it has {', '.join(arrays)}", file=str(path), key=key)
+        raise DataError(
+            f"has no array '{asked}'", mend=did_you_mean(asked, arrays) or f"it has {', '.join(arrays)}", file=str(path), key=key
+        )
     name = asked or next((n for n in usual if n in arrays), None)
     if name is None:
-        raise DataError(f"does not say which array is meant; it has {', '.join(arrays)}", mend=f"name one with {key}", file=str(path), key=key)
+        raise DataError(
+            f"does not say which array is meant; it has {', '.join(arrays)}", mend=f"name one with {key}", file=str(path), key=key
+        )
     return arrays[name]
 
 
@@ -59,7 +63,11 @@ def as_pair(inputs: Any, targets: Any, name: str) -> tuple[Tensor, Tensor]:
     """Arrays, lists or tensors → (inputs, targets) as tensors of one length, images brought to (M, C, H, W)."""
     x, y = _tensor(inputs, name, "inputs"), _tensor(targets, name, "targets")
     if x.ndim == 0 or y.ndim not in (1, 2) or len(x) != len(y):
-        raise DataError(f"inputs {tuple(x.shape)} and targets {tuple(y.shape)} do not fit together", why="both begin with the number of examples; a target is one number or a row of them", file=name)
+        raise DataError(
+            f"inputs {tuple(x.shape)} and targets {tuple(y.shape)} do not fit together",
+            why="both begin with the number of examples; a target is one number or a row of them",
+            file=name,
+        )
     if len(x) == 0:
         raise DataError("holds 0 examples", file=name)
     if x.ndim == 1:
@@ -105,7 +113,12 @@ def _read_npz(path: Path) -> dict[str, Any]:
             return {name: file[name] for name in file.files}
     except Exception as error:  # numpy, zipfile and zlib each have their own
         if "pickle" in str(error).lower() or "object" in str(error).lower():
-            raise SourceError("holds Python objects (a pickle)", why="reading them can run code", mend="save plain arrays: np.savez(path, x=…, y=…)", file=str(path)) from None
+            raise SourceError(
+                "holds Python objects (a pickle)",
+                why="reading them can run code",
+                mend="save plain arrays: np.savez(path, x=…, y=…)",
+                file=str(path),
+            ) from None
         raise DataError(f"is no whole npz file ({error})", mend="copy or save it again", file=str(path)) from None
 
 
@@ -122,7 +135,12 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def _read_torch(path: Path) -> dict[str, Any]:
     """A torch zip whose pickle names tensors and nothing else; it is read as text before it is loaded."""
     if not zipfile.is_zipfile(path):
-        raise SourceError("is an old torch file or a bare pickle", why="reading it can run code", mend="save it anew with torch.save from a current torch, or as safetensors", file=str(path))
+        raise SourceError(
+            "is an old torch file or a bare pickle",
+            why="reading it can run code",
+            mend="save it anew with torch.save from a current torch, or as safetensors",
+            file=str(path),
+        )
     members = check_zip(path)
     for name in members:
         if name.endswith(".pkl"):
@@ -130,7 +148,11 @@ def _read_torch(path: Path) -> dict[str, Any]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise SourceError(f"is no torch file of plain tensors ({str(error).splitlines()[0][:120]})", mend="save {'x': …, 'y': …} with torch.save", file=str(path)) from None
+        raise SourceError(
+            f"is no torch file of plain tensors ({str(error).splitlines()[0][:120]})",
+            mend="save {'x': …, 'y': …} with torch.save",
+            file=str(path),
+        ) from None
     if not isinstance(loaded, Mapping):
         raise DataError("is no dictionary of tensors", mend="save {'x': …, 'y': …}", file=str(path))
     return {str(key): value for key, value in loaded.items()}
@@ -146,6 +168,11 @@ def _refuse_code(path: Path, member: str) -> None:
             elif opcode.name == "STACK_GLOBAL":
                 named = "a name put together while it is read"  # torch.save writes none, and what it is cannot be told
             if named and named not in _SAFE_GLOBALS:
-                raise SourceError(f"its pickle asks for {named.replace(' ', '.')}", why="that would run code; it was not tried", mend="save plain tensors, or safetensors", file=str(path))
+                raise SourceError(
+                    f"its pickle asks for {named.replace(' ', '.')}",
+                    why="that would run code; it was not tried",
+                    mend="save plain tensors, or safetensors",
+                    file=str(path),
+                )
     except (ValueError, IndexError) as error:
         raise SourceError(f"its pickle cannot be read ({str(error)[:80]})", file=str(path)) from None

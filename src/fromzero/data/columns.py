@@ -44,7 +44,11 @@ class Column:
 
     def __str__(self) -> str:
         if self.kind == "number":
-            empty = f"empty → {self.policy}" + (f" {self.fill:.4g}" if self.policy in ("median", "mean") else "") + (" and a flag" if self.flag else "")
+            empty = (
+                f"empty → {self.policy}"
+                + (f" {self.fill:.4g}" if self.policy in ("median", "mean") else "")
+                + (" and a flag" if self.flag else "")
+            )
             return f"number, scaled by mean {self.mean:.4g} and deviation {self.std:.4g}; {empty}"
         empty = "empty → a category of its own" if self.policy == "category" else f"empty → {self.policy}"
         return f"{len(self.categories)} categories; {empty}; unseen → none of them"
@@ -151,20 +155,34 @@ def _encode(column: Column, table: Table, faults: list[Fault]) -> np.ndarray[Any
             try:
                 values[row] = float(cell)
             except (ValueError, OverflowError):
-                faults.append(Fault(f"{str(cell)[:40]!r} is not a number", why="the column held numbers in training", file=table.file, line=table.lines[row], key=column.name))
+                faults.append(
+                    Fault(
+                        f"{str(cell)[:40]!r} is not a number",
+                        why="the column held numbers in training",
+                        file=table.file,
+                        line=table.lines[row],
+                        key=column.name,
+                    )
+                )
         gaps = ~np.isfinite(values)
         values[gaps] = column.fill
         with np.errstate(over="ignore"):
             matrix = ((values - column.mean) / column.std)[:, None]
         for row in np.flatnonzero(np.abs(matrix[:, 0]) > MOST_DEVIATIONS).tolist():
             why = f"it lies more than {MOST_DEVIATIONS:g} deviations from the mean in training, {column.mean:.4g}"
-            faults.append(Fault(f"{str(cells[row])[:40]} is out of all range", why=why, file=table.file, line=table.lines[row], key=column.name))
+            faults.append(
+                Fault(f"{str(cells[row])[:40]} is out of all range", why=why, file=table.file, line=table.lines[row], key=column.name)
+            )
         if column.flag:
             matrix = np.concatenate([matrix, gaps[:, None].astype(np.float64)], axis=1)
     if column.policy in ("error", "drop"):
         for row in np.flatnonzero(gaps).tolist():
             what = "is empty" if missing(cells[row]) else f"is {cells[row]}, not a finite number"
-            faults.append(Fault(what, why=f"data.missing says {column.policy} for this column", file=table.file, line=table.lines[row], key=column.name))
+            faults.append(
+                Fault(
+                    what, why=f"data.missing says {column.policy} for this column", file=table.file, line=table.lines[row], key=column.name
+                )
+            )
     return matrix
 
 
@@ -190,9 +208,17 @@ def _fit(name: str, cells: Sequence[Any], policy: str, file: str) -> Column:
     if numbers is None or policy == "category":
         words = sorted({as_word(cell) for cell in cells if not missing(cell)})
         if len(words) > 10 * MOST_CATEGORIES:
-            raise DataError(f"has {len(words)} different words", why="each would become an input of its own", mend="leave it out of data.input", file=file, key=name)
+            raise DataError(
+                f"has {len(words)} different words",
+                why="each would become an input of its own",
+                mend="leave it out of data.input",
+                file=file,
+                key=name,
+            )
         if policy in ("median", "mean", "zero"):
-            raise DataError(f"has words, for which data.missing: {policy} has no meaning", mend="use category, drop or error", file=file, key=name)
+            raise DataError(
+                f"has words, for which data.missing: {policy} has no meaning", mend="use category, drop or error", file=file, key=name
+            )
         chosen = policy if policy in ("drop", "error") else "category"
         return Column(name, "category", chosen, categories=tuple(words))
     finite = numbers[np.isfinite(numbers)]
@@ -203,7 +229,12 @@ def _fit(name: str, cells: Sequence[Any], policy: str, file: str) -> Column:
     with np.errstate(over="ignore", invalid="ignore"):
         mean, std = float(finite.mean()), float(finite.std())
     if not math.isfinite(std):
-        raise DataError(f"holds values up to {np.abs(finite).max():.3g}, too large to be scaled", mend="leave it out, or correct it", file=file, key=name)
+        raise DataError(
+            f"holds values up to {np.abs(finite).max():.3g}, too large to be scaled",
+            mend="leave it out, or correct it",
+            file=file,
+            key=name,
+        )
     fill = {"median": float(np.median(finite)), "mean": mean}.get(chosen, 0.0)
     flag = policy == "auto" and count < len(cells)
     return Column(name, "number", chosen, fill, mean, std if std > 0 else 1.0, flag)

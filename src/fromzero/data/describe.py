@@ -42,12 +42,24 @@ def describe(source: str, *, task: str | None = None, target: str | None = None)
     if path.is_dir():
         return _images(path)
     rows = open_source(source, Request(train=source, target=target))
+    if (
+        task == "regress"
+        and target is None
+        and isinstance(rows, TableRows)
+        and not _all_numbers([v for v in rows.labels if not missing(v)])
+    ):
+        numbers = [f.name for f in rows.facts if f.kind == "number"]
+        if not numbers:
+            raise DataError("no column holds numbers to predict", mend="use --task classify", file=source)
+        rows = open_source(source, Request(train=source, target=numbers[-1]))
     why: dict[str, str] = {}
     if isinstance(rows, TableRows):
         labels: Any = [v for v in rows.labels if not missing(v)]
         if not labels:
             raise DataError(f"column '{rows.target}' is empty", mend="name the answer with --target", file=source)
-        why["data.target"] = f"{'as asked' if target else 'the column most likely to be the answer'}; the columns are {', '.join(rows.table.columns)}"
+        why["data.target"] = (
+            f"{'as asked' if target else 'the column most likely to be the answer'}; the columns are {', '.join(rows.table.columns)}"
+        )
     else:
         labels = rows.labels
     if task is None:
@@ -106,4 +118,17 @@ def _images(path: Path) -> Description:
     grey = {mode for _, mode in headers} <= GREY_MODES
     classes = tuple(sorted(set(tree.labels)))
     form = ImageFormat(height, width, 1 if grey else 3)
-    return Description(str(path), "images", len(tree.paths), "classify", None, classes, (), (), {}, form, len(sizes) == 1, {"task": "a folder for each class"})
+    return Description(
+        str(path),
+        "images",
+        len(tree.paths),
+        "classify",
+        None,
+        classes,
+        (),
+        (),
+        {},
+        form,
+        len(sizes) == 1,
+        {"task": "a folder for each class"},
+    )

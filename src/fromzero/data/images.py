@@ -58,13 +58,17 @@ def find_images(root: Path) -> ImageTree:
     if not classes:
         found = len([p for p in root.iterdir() if p.suffix.lower() in ENDINGS])
         why = f"{found} images lie in the folder itself" if found else "it has no folders inside"
-        raise DataError("is no image folder", why=why, mend="put the images of each class into a folder named like the class", file=str(root))
+        raise DataError(
+            "is no image folder", why=why, mend="put the images of each class into a folder named like the class", file=str(root)
+        )
     empty = []
     for name in classes:
         inside = walk_images(root / name, left, outside=[root / other for other in classes if other != name])
         if not inside:
             shown = printable(name)
-            empty.append(Fault(f"class folder '{shown}' has no image", mend="add some, or remove the folder", file=printable(str(root / name))))
+            empty.append(
+                Fault(f"class folder '{shown}' has no image", mend="add some, or remove the folder", file=printable(str(root / name)))
+            )
         paths += inside
         labels += [printable(name)] * len(inside)
     if empty:
@@ -134,7 +138,9 @@ def _opened(path: Path) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
             image = Image.open(path)
     except Image.DecompressionBombError:
-        raise DataError("is larger than any photograph", why=f"the limit is {MOST_PIXELS:,} pixels", mend="scale it down first", file=shown) from None
+        raise DataError(
+            "is larger than any photograph", why=f"the limit is {MOST_PIXELS:,} pixels", mend="scale it down first", file=shown
+        ) from None
     except FileNotFoundError:
         raise DataError("has vanished since the folder was listed", file=shown) from None
     except Exception as error:
@@ -143,7 +149,9 @@ def _opened(path: Path) -> Image.Image:
         raise DataError(what, mend="remove it, or let data.skip_broken leave some out", file=shown) from None
     if image.size[0] * image.size[1] > MOST_PIXELS:
         image.close()
-        raise DataError(f"has {image.size[0]:,} × {image.size[1]:,} pixels", why=f"the limit is {MOST_PIXELS:,}", mend="scale it down first", file=shown)
+        raise DataError(
+            f"has {image.size[0]:,} × {image.size[1]:,} pixels", why=f"the limit is {MOST_PIXELS:,}", mend="scale it down first", file=shown
+        )
     return image
 
 
@@ -172,7 +180,9 @@ def read_image(path: Path, form: ImageFormat) -> Tensor:
 
 
 def _broken(path: Path, error: Exception) -> DataError:
-    return DataError(f"is broken ({error or type(error).__name__})", mend="remove it, or let data.skip_broken leave some out", file=printable(str(path)))
+    return DataError(
+        f"is broken ({error or type(error).__name__})", mend="remove it, or let data.skip_broken leave some out", file=printable(str(path))
+    )
 
 
 def _plain(image: Image.Image, mode: str) -> Image.Image:

@@ -111,7 +111,9 @@ def load(request: Request) -> Loaded:
     strata = [as_word(label) for label in labels] if isinstance(answers, Classes) else [""] * len(source)
     whole = _Part(source, labels, source.keys(), rows)
     held = None if request.validation is None else _validation(source, request)
-    places, held_places = (range(len(rows)), []) if held else hold_out(whole.keys(), [strata[r] for r in rows], request.hold_out, request.seed)
+    places, held_places = (
+        (range(len(rows)), []) if held else hold_out(whole.keys(), [strata[r] for r in rows], request.hold_out, request.seed)
+    )
     train_rows = [rows[p] for p in places]
     if held_places:
         held = replace(whole, rows=[rows[p] for p in held_places])
@@ -120,7 +122,11 @@ def load(request: Request) -> Loaded:
         train_rows = sample(train_rows, [strata[r] for r in train_rows], request.seed, examples=request.limit, per_class=request.per_class)
         notes.append(f"data.limit keeps {len(train_rows)} of {before} training examples")
     if not train_rows:
-        raise DataError("no training example is left", why=f"{len(source)} rows read, {len(rows)} after filters, {len(held_places)} held out", file=source.name)
+        raise DataError(
+            "no training example is left",
+            why=f"{len(source)} rows read, {len(rows)} after filters, {len(held_places)} held out",
+            file=source.name,
+        )
     part = replace(whole, rows=train_rows)
     answers = _fit_answers(answers, part, request)
     form = source.fit(train_rows)
@@ -219,7 +225,12 @@ def find_path(text: str, folders: Sequence[Path]) -> Path:
     beside = os.listdir(parent) if os.path.isdir(parent) else []
     close = did_you_mean(Path(text).name, beside) or did_you_mean(text, NAMED_SETS)
     looked = " and ".join(dict.fromkeys(str(f.resolve()) for f in folders))
-    raise DataError(f"'{text}' is no file, folder or named set", why=f"looked in {looked}", mend=close or f"named sets: {', '.join(NAMED_SETS)}", key="data")
+    raise DataError(
+        f"'{text}' is no file, folder or named set",
+        why=f"looked in {looked}",
+        mend=close or f"named sets: {', '.join(NAMED_SETS)}",
+        key="data",
+    )
 
 
 def _open_path(path: Path, request: Request) -> RowSource:
@@ -229,13 +240,22 @@ def _open_path(path: Path, request: Request) -> RowSource:
     if not path.is_file():
         raise DataError("is neither a file nor a folder", file=str(path))
     if suffix in PICKLES:
-        raise SourceError(f"is a {suffix} file, which can run code when it is read", why="it was not tried", mend="save it as npz, csv or safetensors", file=str(path))
+        raise SourceError(
+            f"is a {suffix} file, which can run code when it is read",
+            why="it was not tried",
+            mend="save it as npz, csv or safetensors",
+            file=str(path),
+        )
     if suffix in TABLES:
         return _rows_of(read_table(path), request)
     if suffix in ARRAYS:
         inputs, targets = read_arrays(path, request.columns[0] if request.columns else None, request.target)
         return ArrayRows(inputs, targets, name=str(path))
-    raise DataError(f"is of a kind that cannot be read ('{suffix or path.name}')", mend=f"one of {', '.join(TABLES + ARRAYS)}, or a folder of images", file=str(path))
+    raise DataError(
+        f"is of a kind that cannot be read ('{suffix or path.name}')",
+        mend=f"one of {', '.join(TABLES + ARRAYS)}, or a folder of images",
+        file=str(path),
+    )
 
 
 def _rows_of(table: Table, request: Request) -> TableRows:
@@ -246,7 +266,9 @@ def _from_python(source: Any, request: Request) -> RowSource:
     if isinstance(source, (tuple, list)) and len(source) == 2:
         return ArrayRows(*as_pair(source[0], source[1], "data given from Python"), name="data given from Python")
     if type(source).__name__ == "DataLoader":
-        raise DataError("a DataLoader was given", why="batches, order and workers belong to the plan", mend="give its dataset: loader.dataset")
+        raise DataError(
+            "a DataLoader was given", why="batches, order and workers belong to the plan", mend="give its dataset: loader.dataset"
+        )
     if hasattr(source, "to_dict") and hasattr(source, "columns"):
         columns = {str(name): list(source[name]) for name in source.columns}
         return _rows_of(table_of(columns, name="table given from Python"), request)
@@ -290,9 +312,18 @@ def _find_answers(source: RowSource, labels: Any, rows: list[int], request: Requ
         numbers = [float(name) for name in found]
         if min(numbers) < 0:
             row = next(r for r in rows if float(labels[r]) < 0)
-            raise DataError(f"{source.where(row)}: label {as_word(labels[row])} is below 0", why="labels are class indices from 0", mend="leave these examples out, or number the classes from 0")
+            raise DataError(
+                f"{source.where(row)}: label {as_word(labels[row])} is below 0",
+                why="labels are class indices from 0",
+                mend="leave these examples out, or number the classes from 0",
+            )
         if max(numbers) > 100_000:
-            raise DataError(f"its largest label is {max(numbers):.0f}", why="labels are class indices from 0", mend="to predict numbers use task: regress", file=source.name)
+            raise DataError(
+                f"its largest label is {max(numbers):.0f}",
+                why="labels are class indices from 0",
+                mend="to predict numbers use task: regress",
+                file=source.name,
+            )
         found = tuple(str(i) for i in range(int(max(numbers)) + 1))
     binary = request.answers == "binary"
     if binary and len(found) > 2:
@@ -307,7 +338,9 @@ def _fit_answers(answers: Answers | None, part: _Part, request: Request) -> Answ
     if request.answers != "number":
         width = labels.shape[1]
         if request.classes is not None and len(request.classes) != width:
-            raise DataError(f"data.classes names {len(request.classes)} classes, each answer has {width} numbers", file=source.name, key="data.classes")
+            raise DataError(
+                f"data.classes names {len(request.classes)} classes, each answer has {width} numbers", file=source.name, key="data.classes"
+            )
         return Soft(request.classes or tuple(str(i) for i in range(width)))
     values = _number_values(labels, part.rows, source)
     name = source.target if isinstance(source, TableRows) else "value"
@@ -331,7 +364,11 @@ def _targets(answers: Answers, labels: Any, rows: Sequence[int], source: RowSour
         check_finite(values, lambda i: source.where(rows[i]))
         if bool((values < 0).any()) or bool((values > 1).any()):
             row = int(((values < 0) | (values > 1)).any(1).nonzero()[0])
-            raise DataError(f"{source.where(rows[row])}: answers are outside 0..1", why="rows of several numbers are probabilities or yes-and-no answers", mend="to predict numbers use task: regress")
+            raise DataError(
+                f"{source.where(rows[row])}: answers are outside 0..1",
+                why="rows of several numbers are probabilities or yes-and-no answers",
+                mend="to predict numbers use task: regress",
+            )
         return torch.as_tensor(values)
     return answers.scaled(_number_values(labels, rows, source))
 
@@ -374,7 +411,14 @@ def load_again(source: Any, preparation: Preparation, request: Request) -> Examp
     dropped = {c.name: c.policy for c in fitted if c.policy == "drop"}
     image = preparation.inputs if isinstance(preparation.inputs, ImageFormat) else None
     classes = preparation.answers.names if isinstance(preparation.answers, Classes) else None
-    asked = replace(request, columns=tuple(c.name for c in fitted) or None, image=image, target=preparation.target or request.target, missing=dropped, classes=None)
+    asked = replace(
+        request,
+        columns=tuple(c.name for c in fitted) or None,
+        image=image,
+        target=preparation.target or request.target,
+        missing=dropped,
+        classes=None,
+    )
     rows_of = open_source(source, asked)
     labels = rows_of.labels
     rows, _ = _kept_rows(rows_of, labels, replace(asked, classes=classes if request.classes is not None else None))

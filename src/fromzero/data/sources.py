@@ -106,12 +106,19 @@ def table_rows(table: Table, *, target: str | None, inputs: Sequence[str] | None
     target = target or guess_target(names)
     asked = [("data.target", target)] + [("data.input", n) for n in inputs or ()] + [("data.missing", n) for n in policies]
     faults = [
-        Fault(f"has no column '{name}'", mend=did_you_mean(name, names) or f"the columns are {', '.join(names[:20])}", file=table.file, key=key)
+        Fault(
+            f"has no column '{name}'",
+            mend=did_you_mean(name, names) or f"the columns are {', '.join(names[:20])}",
+            file=table.file,
+            key=key,
+        )
         for key, name in asked
         if name not in table.columns
     ]
     if inputs and target in inputs:
-        faults.append(Fault(f"column '{target}' is both input and target", mend="the answer cannot be an input", file=table.file, key="data.input"))
+        faults.append(
+            Fault(f"column '{target}' is both input and target", mend="the answer cannot be an input", file=table.file, key="data.input")
+        )
     if faults:
         raise DataError(faults)
     facts = tuple(inspect_column(name, table.columns[name]) for name in names)
@@ -123,14 +130,28 @@ def table_rows(table: Table, *, target: str | None, inputs: Sequence[str] | None
         if usable(seen):
             chosen.append(seen.name)
         else:
-            reasons = {"id": "looks like an identifier: (almost) every row has its own value", "constant": "has one value in every row", "empty": "is empty in every row"}
+            reasons = {
+                "id": "looks like an identifier: (almost) every row has its own value",
+                "constant": "has one value in every row",
+                "empty": "is empty in every row",
+            }
             set_aside[seen.name] = reasons[seen.kind]
     if not chosen:
-        raise DataError("no input column is left", why="; ".join(f"{n} {why}" for n, why in set_aside.items()), mend="name the inputs with data.input", file=table.file)
+        raise DataError(
+            "no input column is left",
+            why="; ".join(f"{n} {why}" for n, why in set_aside.items()),
+            mend="name the inputs with data.input",
+            file=table.file,
+        )
     dropping = [n for n in chosen if policies.get(n) == "drop"]
     kept = [r for r in range(len(table)) if not any(gap(table.columns[n][r]) for n in dropping)]
     if not kept:
-        raise DataError("no row is left", why=f"{len(table)} rows, and each has an empty cell in {', '.join(dropping)}", key="data.missing", file=table.file)
+        raise DataError(
+            "no row is left",
+            why=f"{len(table)} rows, and each has an empty cell in {', '.join(dropping)}",
+            key="data.missing",
+            file=table.file,
+        )
     return TableRows(table.take(kept) if len(kept) < len(table) else table, target, tuple(chosen), policies, facts, set_aside)
 
 
@@ -183,7 +204,11 @@ class ImageRows:
     def _quarantine(self, faults: Sequence[Fault]) -> None:
         self.broken.update({fault.file: fault.what for fault in faults})
         if len(self.broken) > self.skip_broken:
-            count = Fault(f"{len(self.broken)} of {len(self.tree.paths)} images are broken", why=f"data.skip_broken allows {self.skip_broken}", file=self.name)
+            count = Fault(
+                f"{len(self.broken)} of {len(self.tree.paths)} images are broken",
+                why=f"data.skip_broken allows {self.skip_broken}",
+                file=self.name,
+            )
             raise DataError([*list(faults)[:20], count])
 
     def _decode_all(self) -> None:
@@ -212,7 +237,9 @@ class ImageRows:
 
     def _refuse_empty(self) -> None:
         for name in sorted(set(self.tree.labels) - set(self.labels)):
-            raise DataError(f"class '{name}' has no image that can be read", why=f"{len(self.broken)} broken images are left out", file=self.name)
+            raise DataError(
+                f"class '{name}' has no image that can be read", why=f"{len(self.broken)} broken images are left out", file=self.name
+            )
 
     @property
     def name(self) -> str:
@@ -365,4 +392,16 @@ def refuse_other_kind(source: RowSource, form: InputFormat) -> None:
         raise DataError(f"holds {kind}, the model was trained on {trained}", mend="give data of that kind", file=source.name)
 
 
-__all__ = ["ArrayFormat", "ArrayRows", "Column", "ImageRows", "InputFormat", "ItemRows", "RowSource", "TableRows", "guess_target", "refuse_other_kind", "table_rows"]
+__all__ = [
+    "ArrayFormat",
+    "ArrayRows",
+    "Column",
+    "ImageRows",
+    "InputFormat",
+    "ItemRows",
+    "RowSource",
+    "TableRows",
+    "guess_target",
+    "refuse_other_kind",
+    "table_rows",
+]

@@ -39,7 +39,9 @@ def hold_out(keys: Sequence[bytes], strata: Sequence[Hashable], share: float, se
     return [r for r in range(len(keys)) if r not in kept], sorted(kept)
 
 
-def sample(rows: Sequence[int], strata: Sequence[Hashable], seed: int, *, examples: int | None = None, per_class: int | None = None) -> list[int]:
+def sample(
+    rows: Sequence[int], strata: Sequence[Hashable], seed: int, *, examples: int | None = None, per_class: int | None = None
+) -> list[int]:
     """Some of the rows, fixed by the seed: at most `examples` in all, at most `per_class` of each stratum; ascending.
 
     strata: of each of `rows`

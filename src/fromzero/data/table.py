@@ -74,7 +74,9 @@ def table_of(columns: Mapping[str, Iterable[Any]], *, name: str = "<table given 
     for key, values in columns.items():
         if isinstance(values, (str, bytes)) or not isinstance(values, Iterable) or getattr(values, "ndim", 1) != 1:
             shape = f" of shape {tuple(values.shape)}" if hasattr(values, "shape") else ""
-            raise DataError(f"is {type(values).__name__}{shape}, not one cell a row", mend="give arrays as (inputs, targets)", file=name, key=str(key))
+            raise DataError(
+                f"is {type(values).__name__}{shape}, not one cell a row", mend="give arrays as (inputs, targets)", file=name, key=str(key)
+            )
     cells = {str(key): [_cell(v) for v in values] for key, values in columns.items()}
     lengths = {key: len(values) for key, values in cells.items()}
     if len(set(lengths.values())) > 1:
@@ -108,7 +110,9 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
         likely = _likely_encoding(data)
-        raise DataError(f"byte {error.start} is not UTF-8", file=str(path), line=line, mend=f"save it as UTF-8 (it looks like {likely})") from None
+        raise DataError(
+            f"byte {error.start} is not UTF-8", file=str(path), line=line, mend=f"save it as UTF-8 (it looks like {likely})"
+        ) from None
     if "\0" in text:
         raise DataError("holds a NUL character", file=str(path), line=text[: text.index("\0")].count("\n") + 1, mend="is it a text file?")
     return text
@@ -188,7 +192,9 @@ def _header_faults(path: Path, header: list[str], separator: str) -> list[Fault]
         for word, other in _SEPARATORS.items():
             if other != separator and header[0].count(other) >= 1:
                 what = f"has one column, but its header holds {header[0].count(other)} {word}s"
-                faults.append(Fault(what, mend=f"save it separated by {'tabs' if separator == chr(9) else 'commas'}", file=str(path), line=1))
+                faults.append(
+                    Fault(what, mend=f"save it separated by {'tabs' if separator == chr(9) else 'commas'}", file=str(path), line=1)
+                )
     if "" in header:
         faults.append(Fault(f"column {header.index('') + 1} has no name in the header", mend="name it", file=str(path), line=1))
     return faults
@@ -238,7 +244,9 @@ def _parse_json(text: str, path: Path, line: int, faults: list[Fault]) -> Any:
         return value
     except UnicodeEncodeError as error:
         what = f"holds half of a surrogate pair ({error.object[error.start]!r})"
-        faults.append(Fault(what, why="it is no character and cannot be written again", mend="write the character itself", file=str(path), line=line))
+        faults.append(
+            Fault(what, why="it is no character and cannot be written again", mend="write the character itself", file=str(path), line=line)
+        )
     except json.JSONDecodeError as error:
         piece = text[max(error.pos - 15, 0) : error.pos + 15]
         what = f"column {error.colno} is not JSON ({error.msg}) near {piece!r}"

@@ -3,4 +3,14 @@
 from fromzero.models.catalogue import MODELS, Blueprint, blueprint_of_file, blueprint_of_name, blueprint_of_object, seeded
 from fromzero.models.inspect import LayerFacts, ModelFacts, inspect_model
 
-__all__ = ["MODELS", "Blueprint", "LayerFacts", "ModelFacts", "blueprint_of_file", "blueprint_of_name", "blueprint_of_object", "inspect_model", "seeded"]
+__all__ = [
+    "MODELS",
+    "Blueprint",
+    "LayerFacts",
+    "ModelFacts",
+    "blueprint_of_file",
+    "blueprint_of_name",
+    "blueprint_of_object",
+    "inspect_model",
+    "seeded",
+]

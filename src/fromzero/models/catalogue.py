@@ -51,7 +51,10 @@ class Blueprint:
 def blueprint_of_name(name: str, inputs: Sequence[int], outputs: int, options: Mapping[str, Any]) -> Blueprint:
     """A catalogue model sized from the data."""
     if name not in MODELS:
-        mend = did_you_mean(name, MODELS) or f"the catalogue has {', '.join(MODELS)}; your own class is FILE.py:CLASS, an earlier run is run:NAME"
+        mend = (
+            did_you_mean(name, MODELS)
+            or f"the catalogue has {', '.join(MODELS)}; your own class is FILE.py:CLASS, an earlier run is run:NAME"
+        )
         raise ModelError(f"no model is called '{name}'", mend=mend, key="model")
     sized = {"inputs": list(inputs), "outputs": outputs}
     return Blueprint("catalogue", name, {**{k: _listed(v) for k, v in options.items()}, **sized})
@@ -68,7 +71,12 @@ def blueprint_of_file(path: Path, name: str, options: Mapping[str, Any]) -> Blue
     except SyntaxError as error:
         raise ModelError(f"is not Python: {error.msg}", file=str(path), line=error.lineno or 0, key="model") from None
     if name not in classes:
-        raise ModelError(f"has no class '{name}'", mend=did_you_mean(name, classes) or f"it has {', '.join(classes) or 'none'}", file=str(path), key="model")
+        raise ModelError(
+            f"has no class '{name}'",
+            mend=did_you_mean(name, classes) or f"it has {', '.join(classes) or 'none'}",
+            file=str(path),
+            key="model",
+        )
     return Blueprint("code", name, {k: _listed(v) for k, v in options.items()}, code=code)
 
 
@@ -136,11 +144,15 @@ def _call(make: Callable[..., nn.Module], name: str, options: Mapping[str, Any])
     unknown = [key for key in options if key not in accepted]
     if unknown and not open_ended:
         known = [key for key in accepted if key not in ("inputs", "outputs")]
-        raise ModelError(f"{name} has no option '{unknown[0]}'", mend=did_you_mean(unknown[0], known) or f"its options: {', '.join(known) or 'none'}", key=f"model.{unknown[0]}")
+        raise ModelError(
+            f"{name} has no option '{unknown[0]}'",
+            mend=did_you_mean(unknown[0], known) or f"its options: {', '.join(known) or 'none'}",
+            key=f"model.{unknown[0]}",
+        )
     try:
         module = make(**options)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{name} cannot be built: {error}", mend="options of the model are keys beside model.from", key="model") from error
+        raise ModelError(f"{name} cannot be built: {error}", key="model") from error
     if not isinstance(module, nn.Module):
         raise ModelError(f"{name} gives {type(module).__name__}, not a torch.nn.Module", key="model")
     return module

@@ -27,7 +27,9 @@ class CNN(nn.Module):
     ) -> None:
         super().__init__()
         if len(inputs) != 3:
-            raise ValueError(f"cnn takes images (channels, height, width); the data has inputs of shape {tuple(inputs)}")
+            raise ValueError(
+                f"cnn takes images (channels, height, width); the data has inputs of shape {tuple(inputs)}; mlp takes any shape"
+            )
         depth, height, width = inputs
         if min(height, width) >> len(channels) < 1:
             raise ValueError(f"{len(channels)} blocks halve an image of {height}×{width} away; give fewer channels")

@@ -45,7 +45,9 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel) -> Look:
     freeze = recipe.freeze
     parameters = [n for n, _ in model.named_parameters()]
     head = recipe.head.layer or seen.head
-    still = Frozen() if freeze.nothing else find_frozen(layers, parameters, head, body=freeze.body, through=freeze.through, names=freeze.names)
+    still = (
+        Frozen() if freeze.nothing else find_frozen(layers, parameters, head, body=freeze.body, through=freeze.through, names=freeze.names)
+    )
     return Look(Facts(machine, loaded.facts, seen, still), loaded)
 
 
@@ -72,6 +74,3 @@ def request(recipe: Recipe, folders: tuple[Path, ...]) -> Request:
         seed=recipe.seed,
         folders=folders,
     )
-
-
-

@@ -10,6 +10,7 @@ from fromzero.planner.cost import run_seconds, training_bytes
 from fromzero.planner.values import Choice, Facts, Finding, Plan, TrainRow
 from fromzero.planner.xray import findings
 from fromzero.recipe.schema import Recipe
+from fromzero.report.summary import format_bytes
 
 _WIDTH = {"float32": 4, "float64": 8, "bf16": 4}  # bytes of a master weight
 _SHARE = 0.8  # of the free memory
@@ -37,7 +38,16 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
     )
     found = [*trouble, *findings(recipe, facts)]
     if not trainable:
-        found.insert(0, Finding("error", "nothing-trains", "every parameter is frozen", "no step could change anything", "leave the head free, or set freeze: none"))
+        found.insert(
+            0,
+            Finding(
+                "error",
+                "nothing-trains",
+                "every parameter is frozen",
+                "no step could change anything",
+                "leave the head free, or set freeze: none",
+            ),
+        )
     return Plan(
         recipe=recipe,
         facts=facts,
@@ -74,7 +84,10 @@ def _trains(recipe: Recipe, facts: Facts) -> tuple[TrainRow, ...]:
         if not layer.tensors:
             continue
         free = [p for p in layer.tensors if p not in still]
-        scale = next((s for glob, s in recipe.optimizer.lr_scale.items() for p in free if fnmatch.fnmatchcase(p, glob) or p.startswith(glob + ".")), 1.0)
+        scale = next(
+            (s for glob, s in recipe.optimizer.lr_scale.items() for p in free if fnmatch.fnmatchcase(p, glob) or p.startswith(glob + ".")),
+            1.0,
+        )
         rows.append(TrainRow(layer.name, layer.kind, sum(layer.tensors.values()), bool(free), recipe.optimizer.lr * scale if free else 0.0))
     return tuple(rows)
 
@@ -88,7 +101,9 @@ def _device_reason(recipe: Recipe, facts: Facts) -> str:
 def _precision(recipe: Recipe, facts: Facts) -> tuple[str, Choice]:
     if recipe.precision == "auto":
         chosen = "bf16" if facts.machine.bf16 else "float32"
-        return chosen, Choice("precision", chosen, "precision: auto, and the device " + ("has bf16" if facts.machine.bf16 else "has no fast bf16"))
+        return chosen, Choice(
+            "precision", chosen, "precision: auto, and the device " + ("has bf16" if facts.machine.bf16 else "has no fast bf16")
+        )
     return recipe.precision, Choice("precision", recipe.precision, "the recipe's")
 
 
@@ -102,16 +117,37 @@ def _micro_batch(recipe: Recipe, facts: Facts, batch: int, trainable: int, preci
     fits = int((limit - base) // sample)
     asked = batch if recipe.limits.micro_batch == "auto" else recipe.limits.micro_batch
     micro = max(1, min(batch, asked, fits))
-    price = f"about {(base + micro * sample) / 1e6:,.0f} MB"
+    price = f"about {format_bytes(base + micro * sample)}"
     if fits < 1:
         needed = base + sample
-        return 1, Choice("micro_batch", 1, "nothing fits", price), [Finding("error", "memory", f"one sample needs about {needed / 1e6:,.0f} MB, the limit is {limit / 1e6:,.0f} MB", mend=f"raise limits.memory to {needed / 1e6:,.0f}MB, or take a smaller model")]
+        return (
+            1,
+            Choice("micro_batch", 1, "nothing fits", price),
+            [
+                Finding(
+                    "error",
+                    "memory",
+                    f"one sample needs about {format_bytes(needed)}, the limit is {format_bytes(int(limit))}",
+                    mend=f"raise limits.memory to {math.ceil(needed / 1e6)}MB, or take a smaller model",
+                )
+            ],
+        )
     if micro >= batch:
         return batch, Choice("micro_batch", batch, "the whole batch fits", price), []
     why = "limits.micro_batch" if micro == asked else "limits.memory"
     coupled = [layer for layer in facts.model.coupled if layer not in facts.frozen.layers]
     if coupled or facts.model.random:
-        what = f"{coupled[0]} mixes the samples of a batch (BatchNorm)" if coupled else "the model draws random numbers in training (dropout), which cutting would change"
-        error = Finding("error", "batch-not-cut", f"a batch of {batch} would be cut into pieces of {micro} ({why}), but {what}", "the plan never changes the mathematics", f"set batch: {micro}, raise {why}, or take these layers out")
+        what = (
+            f"{coupled[0]} mixes the samples of a batch (BatchNorm)"
+            if coupled
+            else "the model draws random numbers in training (dropout), which cutting would change"
+        )
+        error = Finding(
+            "error",
+            "batch-not-cut",
+            f"a batch of {batch} would be cut into pieces of {micro} ({why}), but {what}",
+            "the plan never changes the mathematics",
+            f"set batch: {micro}, raise {why}, or take these layers out",
+        )
         return batch, Choice("micro_batch", batch, "may not be cut", price), [error]
     return micro, Choice("micro_batch", micro, f"{why}: {math.ceil(batch / micro)} pieces a step, one division", price), []

@@ -17,23 +17,47 @@ def show(plan: Plan) -> str:
     data, chosen = facts.data, {c.name: c for c in plan.choices}
     lines = [f"plan for {recipe.name or 'run'}: {recipe.task} with {facts.model.name}"]
     shape = "×".join(map(str, data.input_shape))
-    lines += _node("read", f"{data.source}: {format_count(data.train)} to learn from, {format_count(data.validation)} to measure on; inputs {shape}", _held(plan))
+    lines += _node(
+        "read",
+        f"{data.source}: {format_count(data.train)} to learn from, {format_count(data.validation)} to measure on; inputs {shape}",
+        _held(plan),
+    )
     if data.columns:
         lines += [part for name, what in data.columns.items() for part in _wrapped(f"{name}: {what}", "│    ")]
     if data.classes is not None:
         few = ", ".join(f"{n} ({c})" for n, c in list(data.train_counts.items())[:10])
         lines += _wrapped(f"{len(data.classes)} classes: {few}{' …' if len(data.classes) > 10 else ''}", "│    ")
     model = facts.model
-    lines += _node("model", f"{format_count(model.parameters)} parameters, of which {format_count(plan.trainable_parameters)} train", f"{format_bytes(model.activation_bytes)} kept per sample for the backward pass")
+    lines += _node(
+        "model",
+        f"{format_count(model.parameters)} parameters, of which {format_count(plan.trainable_parameters)} train",
+        f"{format_bytes(model.activation_bytes)} kept per sample for the backward pass",
+    )
     lines += _node("loss", recipe.loss_name, "the recipe's" if recipe.loss else f"usual for {recipe.task}")
     spec = recipe.optimizer
-    lines += _node("update", f"{spec.name}, lr {spec.lr:g}, {recipe.schedule.name}", f"clip {recipe.clip:g}" if recipe.clip else "no clipping")
-    lines += _node("batch", f"{format_count(plan.batch)} samples a step", "gradient descent: the whole training set" if recipe.batch == "all" else "the recipe's")
+    lines += _node(
+        "update", f"{spec.name}, lr {spec.lr:g}, {recipe.schedule.name}", f"clip {recipe.clip:g}" if recipe.clip else "no clipping"
+    )
+    lines += _node(
+        "batch",
+        f"{format_count(plan.batch)} samples a step",
+        "gradient descent: the whole training set" if recipe.batch == "all" else "the recipe's",
+    )
     for name in ("micro_batch", "device", "threads", "precision"):
         choice = chosen[name]
         lines += _node(name, str(choice.value), choice.reason + (f"; {choice.price}" if choice.price else ""))
-    lines += _node("length", f"{format_count(plan.steps)} steps = {plan.epochs:.4g} epochs of {format_count(plan.steps_per_epoch)}", _ending(plan))
-    lines += _node("equality", plan.grade, {"bitwise": "the plain way itself", "reordered": "only the order of float additions differs from the plain way", "precision": "the recipe asked for it"}[plan.grade])
+    lines += _node(
+        "length", f"{format_count(plan.steps)} steps = {plan.epochs:.4g} epochs of {format_count(plan.steps_per_epoch)}", _ending(plan)
+    )
+    lines += _node(
+        "equality",
+        plan.grade,
+        {
+            "bitwise": "the plain way itself",
+            "reordered": "only the order of float additions differs from the plain way",
+            "precision": "the recipe asked for it",
+        }[plan.grade],
+    )
     seconds = "not measured" if plan.predicted_seconds is None else format_seconds(plan.predicted_seconds)
     peak = "" if plan.predicted_peak_bytes is None else f", peak memory {format_bytes(plan.predicted_peak_bytes)}"
     lines += [f"└─ predicted: {seconds}{peak}", "", *_table(plan)]

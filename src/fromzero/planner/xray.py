@@ -21,22 +21,57 @@ def _labels(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     data, width = facts.data, facts.model.output_shape[-1] if facts.model.output_shape else 1
     if recipe.task == "regress" or data.classes is None:
         if width != data.outputs and facts.model.output_shape:
-            yield Finding("error", "outputs", f"the model gives {width} numbers, the answers have {data.outputs}", mend="set head: new, or change the model's last layer")
+            yield Finding(
+                "error",
+                "outputs",
+                f"the model gives {width} numbers, the answers have {data.outputs}",
+                mend="set head: new, or change the model's last layer",
+            )
         return
     held = [name for name, count in data.train_counts.items() if count]
     if len(held) == 1:
-        yield Finding("error", "one-class", f"all {data.train} training examples are of class '{held[0]}'", "there is nothing to tell apart", "check data.target and data.classes")
+        yield Finding(
+            "error",
+            "one-class",
+            f"all {data.train} training examples are of class '{held[0]}'",
+            "there is nothing to tell apart",
+            "check data.target and data.classes",
+        )
     if recipe.loss_name == "cross_entropy" and data.given_indices and "0" not in held and held:
-        yield Finding("warning", "one-based", f"labels run from {held[0]} to {held[-1]} and none is 0", "class indices start at 0; these look 1-based", "subtract 1 from the labels, or say data.classes")
+        yield Finding(
+            "warning",
+            "one-based",
+            f"labels run from {held[0]} to {held[-1]} and none is 0",
+            "class indices start at 0; these look 1-based",
+            "subtract 1 from the labels, or say data.classes",
+        )
     if data.outputs > width:
         counts = ", ".join(f"{n}: {c}" for n, c in list(data.train_counts.items())[:12])
-        yield Finding("error", "labels-out-of-range", f"the data has {data.outputs} classes, the model {width} outputs", f"labels from {width} on are out of range ({counts})", "set head: new, which is sized from the data, or give the model more outputs")
+        yield Finding(
+            "error",
+            "labels-out-of-range",
+            f"the data has {data.outputs} classes, the model {width} outputs",
+            f"labels from {width} on are out of range ({counts})",
+            "set head: new, which is sized from the data, or give the model more outputs",
+        )
     elif data.outputs < width and recipe.loss_name == "cross_entropy":
-        yield Finding("note", "spare-outputs", f"the model has {width} outputs, the data {data.outputs} classes", "the other outputs learn only to stay low", "head: new would fit exactly")
+        yield Finding(
+            "note",
+            "spare-outputs",
+            f"the model has {width} outputs, the data {data.outputs} classes",
+            "the other outputs learn only to stay low",
+            "head: new would fit exactly",
+        )
     if data.validation:
         empty = [n for n, count in data.validation_counts.items() if not count and data.train_counts.get(n)]
         if empty:
-            yield Finding("warning", "class-not-validated", f"no validation example of class {', '.join(empty[:8])}", "its errors will not be seen", "raise data.hold_out or add examples")
+            yield Finding(
+                "warning",
+                "class-not-validated",
+                f"no validation example of class {', '.join(empty[:8])}",
+                "its errors will not be seen",
+                "raise data.hold_out or add examples",
+            )
 
 
 def _rows(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
@@ -48,37 +83,107 @@ def _rows(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     if data.repeats:
         yield Finding("note", "repeats", f"{data.repeats} rows repeat an earlier one", "repeats fall on the same side of the split")
     if data.shared:
-        yield Finding("warning", "leak", f"{data.shared} validation examples stand in the training data too", "the validation figure flatters", "remove them from one side")
+        yield Finding(
+            "warning",
+            "leak",
+            f"{data.shared} validation examples stand in the training data too",
+            "the validation figure flatters",
+            "remove them from one side",
+        )
     if data.conflicting:
-        yield Finding("warning", "conflicting-labels", f"{data.conflicting} inputs carry more than one label", "no model can be right on all of them", "look at them")
+        yield Finding(
+            "warning",
+            "conflicting-labels",
+            f"{data.conflicting} inputs carry more than one label",
+            "no model can be right on all of them",
+            "look at them",
+        )
     if not data.validation:
-        yield Finding("warning", "no-validation", "there is no validation data", "nothing will show whether the model has merely learned by heart", "set data.hold_out: 0.1")
+        yield Finding(
+            "warning",
+            "no-validation",
+            "there is no validation data",
+            "nothing will show whether the model has merely learned by heart",
+            "set data.hold_out: 0.1",
+        )
     if recipe.batch != "all" and recipe.batch > data.train:
-        yield Finding("note", "batch", f"batch {recipe.batch} is larger than the {data.train} training examples", "every step sees all of them, as with batch: all")
+        yield Finding(
+            "note",
+            "batch",
+            f"batch {recipe.batch} is larger than the {data.train} training examples",
+            "every step sees all of them, as with batch: all",
+        )
     if data.target_std and max(data.target_std) > 100 and recipe.data.scale_target == "none":
-        yield Finding("warning", "target-scale", f"the answers spread by {max(data.target_std):.4g} around {data.target_mean[0]:.4g}", "steps of the learning rate are small against that", "set data.scale_target: standard")
+        yield Finding(
+            "warning",
+            "target-scale",
+            f"the answers spread by {max(data.target_std):.4g} around {data.target_mean[0]:.4g}",
+            "steps of the learning rate are small against that",
+            "set data.scale_target: standard",
+        )
 
 
 def _inputs(facts: Facts) -> Iterator[Finding]:
     largest = max(abs(facts.data.lowest), abs(facts.data.highest))
     if not math.isfinite(largest):
-        yield Finding("error", "input-not-finite", "inputs hold NaN or infinite values", "the loss would be NaN in the first step", "clean them; a table's empty cells are filled by data.missing")
+        yield Finding(
+            "error",
+            "input-not-finite",
+            "inputs hold NaN or infinite values",
+            "the loss would be NaN in the first step",
+            "clean them; a table's empty cells are filled by data.missing",
+        )
     elif largest > 30:
-        yield Finding("warning", "input-scale", f"inputs run from {facts.data.lowest:.4g} to {facts.data.highest:.4g}", "networks learn slowly, or not at all, from inputs far from 1", "divide them: pixels by 255, others by their standard deviation")
+        yield Finding(
+            "warning",
+            "input-scale",
+            f"inputs run from {facts.data.lowest:.4g} to {facts.data.highest:.4g}",
+            "networks learn slowly, or not at all, from inputs far from 1",
+            "divide them: pixels by 255, others by their standard deviation",
+        )
 
 
 def _model(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     model = facts.model
     if recipe.loss_name == "cross_entropy" and model.ends_in == "softmax":
-        yield Finding("warning", "softmax-twice", "the model ends in softmax, and cross_entropy applies softmax again", "the loss cannot fall below a floor and gradients shrink", "return the last Linear's output as it is")
+        yield Finding(
+            "warning",
+            "softmax-twice",
+            "the model ends in softmax, and cross_entropy applies softmax again",
+            "the loss cannot fall below a floor and gradients shrink",
+            "return the last Linear's output as it is",
+        )
     if recipe.loss_name == "cross_entropy" and model.ends_in == "log_softmax":
-        yield Finding("warning", "softmax-twice", "the model ends in log_softmax, and cross_entropy applies it again", "log_softmax of log_softmax is itself, so the numbers are right and the work is done twice (a plain softmax there would spoil training)", "return the last Linear's output as it is, or pair log_softmax with NLLLoss")
+        yield Finding(
+            "warning",
+            "softmax-twice",
+            "the model ends in log_softmax, and cross_entropy applies it again",
+            "log_softmax of log_softmax is itself, so the numbers are right and the work is done twice (a plain softmax there would spoil training)",
+            "return the last Linear's output as it is, or pair log_softmax with NLLLoss",
+        )
     if recipe.loss_name == "bce" and model.ends_in:
-        yield Finding("warning", "softmax-twice", f"the model ends in {model.ends_in}, and bce applies a sigmoid", mend="return the last Linear's output as it is")
+        yield Finding(
+            "warning",
+            "softmax-twice",
+            f"the model ends in {model.ends_in}, and bce applies a sigmoid",
+            mend="return the last Linear's output as it is",
+        )
     for name in model.flat_dropout:
-        yield Finding("warning", "dropout2d-flat", f"layer '{name}' is Dropout2d but gets flat features (batch, features)", "it is made to drop whole channels of images; on flat input torch lets it act as plain Dropout, warns, and will refuse one day", "use nn.Dropout there")
+        yield Finding(
+            "warning",
+            "dropout2d-flat",
+            f"layer '{name}' is Dropout2d but gets flat features (batch, features)",
+            "it is made to drop whole channels of images; on flat input torch lets it act as plain Dropout, warns, and will refuse one day",
+            "use nn.Dropout there",
+        )
     if model.idle:
-        yield Finding("warning", "idle-layer", f"parameters never used: {', '.join(model.idle[:6])}", "their layer does not run, so it cannot learn", "call it in forward, or remove it")
+        yield Finding(
+            "warning",
+            "idle-layer",
+            f"parameters never used: {', '.join(model.idle[:6])}",
+            "their layer does not run, so it cannot learn",
+            "call it in forward, or remove it",
+        )
 
 
 def _measured(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
@@ -88,13 +193,45 @@ def _measured(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     first, last = seen.losses[0], seen.losses[-1]
     silent = [name for name in seen.silent if name not in facts.model.idle]
     if silent:
-        yield Finding("warning", "no-gradient", f"no gradient reaches {', '.join(silent[:6])}", "detached, or cut off by something flat; it will not learn", "look for detach(), no_grad() or a dead ReLU before it")
+        yield Finding(
+            "warning",
+            "no-gradient",
+            f"no gradient reaches {', '.join(silent[:6])}",
+            "detached, or cut off by something flat; it will not learn",
+            "look for detach(), no_grad() or a dead ReLU before it",
+        )
     if not math.isfinite(first):
-        yield Finding("error", "loss-not-finite", f"the first loss is {first}", "the weights or the inputs are not finite", "check inputs and initialisation")
+        yield Finding(
+            "error",
+            "loss-not-finite",
+            f"the first loss is {first}",
+            "the weights or the inputs are not finite",
+            "check inputs and initialisation",
+        )
         return
     expected = predicted_start(recipe.loss_name, facts.model.output_shape[-1] if facts.model.output_shape else 1)
     fresh = not str(recipe.model.source).startswith("run:")
     if expected is not None and fresh and first > 2 * expected + 0.5:
-        yield Finding("warning", "initial-loss", f"the first loss is {first:.3g}, a fresh network should start near {expected:.3g} (ln C)", "the outputs are too large: unscaled inputs, or too large first weights", "scale the inputs, or the last layer's initial weights")
-    if not math.isfinite(last) or last > 1.5 * first + 0.1:
-        yield Finding("warning", "loss-rises", f"the loss rose from {first:.3g} to {last:.3g} in {len(seen.losses) - 1} steps on one batch", f"lr {recipe.optimizer.lr:g} is too large", f"try optimizer.lr={recipe.optimizer.lr / 10:g}")
+        yield Finding(
+            "warning",
+            "initial-loss",
+            f"the first loss is {first:.3g}, a fresh network should start near {expected:.3g} (ln C)",
+            "the outputs are too large: unscaled inputs, or too large first weights",
+            "scale the inputs, or the last layer's initial weights",
+        )
+    if not math.isfinite(last):
+        yield Finding(
+            "error",
+            "loss-not-finite",
+            f"the loss is {last} after {len(seen.losses) - 1} steps on one batch",
+            f"lr {recipe.optimizer.lr:g} is far too large",
+            f"try optimizer.lr={recipe.optimizer.lr / 100:g}",
+        )
+    elif last > 1.5 * first + 0.1:
+        yield Finding(
+            "warning",
+            "loss-rises",
+            f"the loss rose from {first:.3g} to {last:.3g} in {len(seen.losses) - 1} steps on one batch",
+            f"lr {recipe.optimizer.lr:g} is too large",
+            f"try optimizer.lr={recipe.optimizer.lr / 10:g}",
+        )

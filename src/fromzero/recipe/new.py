@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -45,29 +46,48 @@ def first_recipe(seen: Description, *, model: str | None = None) -> str:
     images = seen.image is not None
     epochs = 10 if images else max(5, min(100, round(STEPS_WANTED * batch / max(seen.rows, 1))))
     lines = [
-        f"# A first recipe for {seen.source}: {seen.rows} rows. Look at it with `fromzero plan`, then `fromzero train`.",
+        f"# A first recipe for {seen.source}: {seen.rows} rows.",
+        "# Look at it with `fromzero plan`, then `fromzero train`.",
         *_line("name", name, ""),
         *_line("task", seen.task, seen.why.get("task", "as asked")),
-        *_line("model", model or ("cnn" if images else "mlp"), "as asked" if model else "small convolutions, for images" if images else "two hidden layers of 64, enough for most tables"),
+        *_line(
+            "model",
+            model or ("cnn" if images else "mlp"),
+            "as asked" if model else "small convolutions, for images" if images else "two hidden layers of 64, enough for most tables",
+        ),
         "data:",
         *_line("  train", _quoted(seen.source), ""),
     ]
     share = 0.2 if seen.rows < 1000 else 0.1
-    lines += _line("  hold_out", share, "kept aside to measure on; few rows need a larger share" if share == 0.2 else "kept aside to measure on")
+    lines += _line(
+        "  hold_out", share, "kept aside to measure on; few rows need a larger share" if share == 0.2 else "kept aside to measure on"
+    )
     if seen.target is not None:
-        lines += _line("  target", _quoted(seen.target), seen.why.get("data.target", ""))
-        lines.append(f"  input: [{', '.join(map(_quoted, seen.inputs))}]  # every other column that can be used")
+        lines += _comment(seen.why.get("data.target", ""))
+        lines += _line("  target", _quoted(seen.target), "")
+        lines += ["  # every other column that can be used", "  input:", *(f"  - {_quoted(name)}" for name in seen.inputs)]
         lines += [f"  # left out: {column} {why}" for column, why in seen.set_aside.items()]
     if seen.kind == "images" and not seen.same_size:
-        lines.append(f"  input: {{size: [{seen.image.height}, {seen.image.width}], channels: {seen.image.channels}}}  # sizes differ; this is the middle one")
+        lines.append(
+            f"  input: {{size: [{seen.image.height}, {seen.image.width}], channels: {seen.image.channels}}}  # sizes differ; this is the middle one"
+        )
     if seen.task == "regress":
         lines += _line("  scale_target", "standard", "learn in standard deviations; figures are in the data's own units")
     if seen.classes:
-        lines.append(f"# {len(seen.classes)} classes: {', '.join(seen.classes[:12])}{' …' if len(seen.classes) > 12 else ''}")
-    lines += _line("optimizer", "{name: adamw, lr: 1e-3}" if images else "{name: adamw, lr: 3e-3}", "a sound start; the plan says if the loss rises with it")
+        lines += textwrap.wrap(
+            f"{len(seen.classes)} classes: {', '.join(seen.classes[:12])}{' …' if len(seen.classes) > 12 else ''}",
+            76,
+            initial_indent="# ",
+            subsequent_indent="#   ",
+        )
+    lines += _line("optimizer", "{name: adamw, lr: 1e-3}", "the plan says if the loss rises with it")
     lines += _line("batch", batch, "samples per step")
-    lines += _line("epochs", epochs, f"about {epochs * max(seen.rows // batch, 1)} steps")
+    lines += _line("epochs", epochs, f"about {epochs * max(round(seen.rows * (1 - share) / batch), 1)} steps")
     return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> list[str]:
+    return textwrap.wrap(text, 76, initial_indent="  # ", subsequent_indent="  #   ")
 
 
 def _line(key: str, value: Any, why: str) -> list[str]:

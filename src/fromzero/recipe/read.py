@@ -26,6 +26,7 @@ _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
+_LATER = (("adapter",), ("certificate",), ("trust",), ("data", "max_tokens"), ("tokens",))
 _TAGS = frozenset(["map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value"])
 
 KeyPath = tuple[Any, ...]
@@ -89,9 +90,10 @@ def parse(data: bytes, file: str) -> Written:
         _refuse_depth(text, file)
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
-        mark: Any = error.problem_mark or error.context_mark
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark is not None else 0
         what = f"is not YAML: {error.problem or error.context}"
-        raise RecipeError(what, file=file, line=mark.line + 1 if mark else 0, mend="check the indentation and the quotes there") from None
+        raise RecipeError(what, file=file, line=line, mend="check the indentation and the quotes there") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"is not YAML: {error}", file=file) from None
     if root is None:
@@ -99,7 +101,12 @@ def parse(data: bytes, file: str) -> Written:
     builder = _Builder(file)
     values = builder.build(root, ())
     if not isinstance(values, dict):
-        builder.faults.append(Fault("is not a list of keys", mend="write key: value lines", file=file, line=1))
+        mend = (
+            f"this looks like data: fromzero new {file} > recipe.yaml"
+            if Path(file).suffix not in (".yaml", ".yml")
+            else "write key: value lines"
+        )
+        builder.faults.append(Fault("is no recipe", "a recipe is lines of key: value", mend, file, 1))
     if builder.faults:
         raise RecipeError(builder.faults)
     return Written(values, builder.places)
@@ -132,7 +139,9 @@ class _Builder:
     def build(self, node: yaml.Node, path: KeyPath) -> Any:
         self.nodes += 1
         if self.nodes > MOST_NODES or len(path) > MOST_DEPTH:
-            raise RecipeError("grows too large when its aliases are expanded", file=self.file, line=node.start_mark.line + 1, mend="write the values out")
+            raise RecipeError(
+                "grows too large when its aliases are expanded", file=self.file, line=node.start_mark.line + 1, mend="write the values out"
+            )
         if node.tag.removeprefix("tag:yaml.org,2002:") not in _TAGS:
             self.fault(node, path, f"has the tag {node.tag!r}", "a recipe holds plain values; remove the tag")
             return None
@@ -177,7 +186,7 @@ class _Builder:
 def override(written: Written, overrides: Sequence[str]) -> None:
     """Lay `dotted.key=value` over what was written; the values are YAML too."""
     faults: list[Fault] = []
-    for text in overrides:
+    for text in sorted(overrides, key=lambda text: text.partition("=")[0].count(".")):  # a section before what lies in it
         dotted, equals, value = text.partition("=")
         keys = dotted.split(".")
         if not equals or not all(keys):
@@ -195,6 +204,8 @@ def override(written: Written, overrides: Sequence[str]) -> None:
                 inner = _lengthened(tuple(keys[: depth + 1]), inner)
                 section[key] = inner
             section = inner
+        for rival in _RIVALS.get(dotted, ()):
+            written.values.pop(rival, None)
         section[keys[-1]] = parsed.values["x"]
         for depth in range(1, len(keys) + 1):
             written.places[tuple(keys[:depth])] = ("command line", 0)
@@ -202,7 +213,16 @@ def override(written: Written, overrides: Sequence[str]) -> None:
         raise RecipeError(faults)
 
 
-_SHORT_FOR = {"model": "from", "data": "train", "optimizer": "name", "schedule": "name", "loss": "name", "evaluate": "every", "save": "every"}
+_RIVALS = {"steps": ("epochs",), "epochs": ("steps",)}  # naming one on the command line takes the other back
+_SHORT_FOR = {
+    "model": "from",
+    "data": "train",
+    "optimizer": "name",
+    "schedule": "name",
+    "loss": "name",
+    "evaluate": "every",
+    "save": "every",
+}
 
 
 def _lengthened(path: KeyPath, short: Any) -> dict[str, Any]:
@@ -260,10 +280,15 @@ def _worded(item: Any, path: KeyPath, value: Any) -> tuple[str, str, str]:
         words = re.findall(r"'([^']+)'", item["ctx"]["expected"])
         close = nearest(str(value), words) if isinstance(value, str) else []
         mend = f"did you mean '{close[0]}'?" if close else ""
-        return f"{shown} is not {item['ctx']['expected']}", meaning, mend
-    bounds = {"greater_than": "above {gt}", "greater_than_equal": "at least {ge}", "less_than": "below {lt}", "less_than_equal": "at most {le}"}
+        return f"{shown} is not {item['ctx']['expected']}", f"it says: {meaning}" if meaning else "", mend
+    bounds = {
+        "greater_than": "above {gt}",
+        "greater_than_equal": "at least {ge}",
+        "less_than": "below {lt}",
+        "less_than_equal": "at most {le}",
+    }
     if kind in bounds:
-        return f"{shown} is not {bounds[kind].format(**item['ctx'])}", meaning, ""
+        return f"{shown} is not {bounds[kind].format(**item['ctx'])}", f"it says: {meaning}" if meaning else "", ""
     return f"{shown} does not fit", f"it says: {meaning}" if meaning else item["msg"], ""
 
 
@@ -271,9 +296,9 @@ def _real_path(loc: Sequence[Any], values: Any) -> tuple[KeyPath, Any]:
     """The part of pydantic's location that the user wrote, and the value there."""
     path: list[Any] = []
     for part in loc:
-        if isinstance(values, Mapping) and part in values:
-            values = values[part]
-        elif isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values):
+        if (isinstance(values, Mapping) and part in values) or (
+            isinstance(values, (list, tuple)) and isinstance(part, int) and part < len(values)
+        ):
             values = values[part]
         else:
             continue
@@ -284,6 +309,8 @@ def _real_path(loc: Sequence[Any], values: Any) -> tuple[KeyPath, Any]:
 def _where_it_belongs(path: KeyPath) -> str:
     """The nearest key, in this section first, then in any."""
     key = str(path[-1])
+    if path in _LATER:
+        return f"{key} is not there yet; remove it"
     here = [p[-1] for p in known_keys() if p[:-1] == path[:-1]]
     close = nearest(key, here)
     if close:

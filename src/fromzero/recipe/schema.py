@@ -118,7 +118,9 @@ class Freeze(Section):
     """`none`, `body`, `{through: LAYER}` or a list of globs of parameter names."""
 
     body: bool = Field(False, description="freeze all but the head (the last Linear)")
-    through: Annotated[str | None, NoneWord] = Field(None, description="freeze every layer up to and including this one, in the order they run")
+    through: Annotated[str | None, NoneWord] = Field(
+        None, description="freeze every layer up to and including this one, in the order they run"
+    )
     names: tuple[str, ...] = Field((), description="globs of parameter names to freeze")
 
     @model_validator(mode="before")
@@ -193,12 +195,18 @@ class Data(Section):
 
     train: Source = Field(description="a named set, a file (csv, tsv, jsonl, json, parquet, npz, pt), an image folder or a pypi: source")
     validation: Annotated[Source, NoneWord] = Field(None, description="a file or folder of its own for validation")
-    hold_out: float = Field(0.1, ge=0, lt=1, description="share of train kept for validation: stratified, split by distinct content, fixed by seed")
+    hold_out: float = Field(
+        0.1, ge=0, lt=1, description="share of train kept for validation: stratified, split by distinct content, fixed by seed"
+    )
     input: ImageInput | tuple[str, ...] | None = Field(None, description="input columns (or npz arrays); for images {size: …, channels: …}")
     target: Annotated[str | None, NoneWord] = Field(None, description="column (or npz array) of the answer")
     classes: tuple[str, ...] | None = Field(None, description="keep only these classes, in this order")
-    limit: Annotated[Limit | None, NoneWord, _short("examples")] = Field(None, description="a sample of the training examples fixed by the seed")
-    missing: dict[str, MissingPolicy] = Field({}, description="what an empty cell becomes, by column; auto: median and a flag, or a category of its own")
+    limit: Annotated[Limit | None, NoneWord, _short("examples")] = Field(
+        None, description="a sample of the training examples fixed by the seed"
+    )
+    missing: dict[str, MissingPolicy] = Field(
+        {}, description="what an empty cell becomes, by column; auto: median and a flag, or a category of its own"
+    )
     scale_target: Literal["none", "standard"] = Field("none", description="regress: learn the target in standard deviations from its mean")
     skip_broken: int = Field(0, ge=0, description="how many unreadable images may be left out before the run is refused")
     augment: Annotated[Augment | None, NoneWord] = Field(None, description="none, light, or {shift, rotate, flip}; images only")
@@ -233,7 +241,9 @@ class Data(Section):
 class CrossEntropy(Section):
     name: Literal["cross_entropy"] = "cross_entropy"
     label_smoothing: float = Field(0.0, ge=0, lt=1, description="share of the answer spread over all classes")
-    class_weights: tuple[float, ...] | Literal["balanced"] | None = Field(None, description="one weight a class, or balanced: inverse to its frequency in train")
+    class_weights: tuple[float, ...] | Literal["balanced"] | None = Field(
+        None, description="one weight a class, or balanced: inverse to its frequency in train"
+    )
 
 
 class BinaryCrossEntropy(Section):
@@ -268,7 +278,7 @@ Loss = Annotated[
 class Optimizer(Section):
     """Keys that every optimizer has."""
 
-    lr: float = Field(1e-3, gt=0, description="learning rate: size of a step")
+    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="learning rate: size of a step")
     weight_decay: float = Field(0.0, ge=0, description="pull of the weights towards zero")
     lr_scale: dict[str, float] = Field({}, description="globs of parameter names → multiplier of lr")
 
@@ -282,7 +292,7 @@ class Optimizer(Section):
 
 class SGD(Optimizer):
     name: Literal["sgd"] = "sgd"
-    lr: float = Field(0.01, gt=0, description="learning rate: size of a step")
+    lr: float = Field(0.01, gt=0, allow_inf_nan=False, description="learning rate: size of a step")
     momentum: float = Field(0.0, ge=0, lt=1, description="share of the last step that is repeated")
     nesterov: bool = Field(False, description="look ahead along the momentum")
 
@@ -295,7 +305,7 @@ class SGD(Optimizer):
 
 class RMSProp(Optimizer):
     name: Literal["rmsprop"] = "rmsprop"
-    lr: float = Field(0.01, gt=0, description="learning rate: size of a step")
+    lr: float = Field(0.01, gt=0, allow_inf_nan=False, description="learning rate: size of a step")
     alpha: float = Field(0.99, ge=0, lt=1, description="memory of the squared gradient")
     eps: float = Field(1e-8, gt=0, description="keeps the division finite")
     momentum: float = Field(0.0, ge=0, lt=1, description="share of the last step that is repeated")
@@ -331,18 +341,24 @@ class Schedule(Section):
 class Evaluate(Section):
     every: Literal["epoch"] | Annotated[int, Field(ge=1)] = Field("epoch", description="epoch, or a number of optimizer steps")
     keep: Literal["best", "last"] = Field("best", description="which weights the run's model has: lowest validation loss, or the last")
-    stop_after: Annotated[int | None, NoneWord, Field(ge=1)] = Field(None, description="stop after this many evaluations without a lower loss")
+    stop_after: Annotated[int | None, NoneWord, Field(ge=1)] = Field(
+        None, description="stop after this many evaluations without a lower loss"
+    )
 
 
 class Save(Section):
-    every: Literal["auto", "epoch"] | Annotated[int, Field(ge=1)] = Field("auto", description="auto: at most once a minute; epoch; or optimizer steps")
+    every: Literal["auto", "epoch"] | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="auto: at most once a minute; epoch; or optimizer steps"
+    )
     keep: int = Field(2, ge=1, description="how many checkpoints stay")
 
 
 class Limits(Section):
     """What the planner may use. Nothing here may change the mathematics."""
 
-    memory: Annotated[float | Literal["auto"], Field()] = Field("auto", description="bytes, as a number or 2GB; auto: four fifths of what is free")
+    memory: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
+        "auto", description="bytes, as a number or 2GB; auto: four fifths of what is free"
+    )
     seconds: Annotated[float | None, NoneWord, Field(gt=0)] = Field(None, description="stop after this time, saved, with exit code 3")
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="most samples in memory at once")
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="CPU threads")
@@ -369,7 +385,9 @@ METRICS = ("accuracy", "macro_f1", "r2", "rmse", "mae")
 class Recipe(Section):
     """What to train. It defines the mathematics of a run, completely, and nothing else."""
 
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="folder name of the run; the recipe's file name if left out")
+    name: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="folder name of the run; the recipe's file name if left out"
+    )
     task: Literal["classify", "regress"] = Field(description="classify (name a class) or regress (predict numbers)")
     model: Model = Field(description="a catalogue name, FILE.py:CLASS, run:NAME, or {from: …, any option of that model}")
     head: Head = Field(Head(), description="keep | new (sized from the data)")
@@ -378,17 +396,27 @@ class Recipe(Section):
     loss: Loss | None = Field(None, description="auto | cross_entropy | bce | mse | mae | huber | FILE.py:FUNCTION, with options")
     metrics: tuple[Literal["accuracy", "macro_f1", "r2", "rmse", "mae"], ...] | None = Field(None, description="auto, or a list")
     optimizer: AnyOptimizer = Field(AdamW(), description="adamw | adam | sgd | rmsprop, with options")
-    schedule: Annotated[Schedule, _short("name")] = Field(Schedule(), description="constant | linear | cosine | step | one_cycle, with warmup")
+    schedule: Annotated[Schedule, _short("name")] = Field(
+        Schedule(), description="constant | linear | cosine | step | one_cycle, with warmup"
+    )
     batch: Annotated[int, Field(ge=1)] | Literal["all"] = Field(64, description="samples per optimizer step; all: gradient descent")
-    epochs: float | None = Field(None, gt=0, description="passes over the training data (10 if neither this nor steps is given)")
-    steps: int | None = Field(None, ge=1, description="optimizer steps, instead of epochs")
+    epochs: Annotated[float | None, NoneWord, Field(gt=0, allow_inf_nan=False)] = Field(
+        None, description="passes over the training data (10 if neither this nor steps is given)"
+    )
+    steps: Annotated[int | None, NoneWord, Field(ge=1)] = Field(None, description="optimizer steps, instead of epochs")
     clip: Annotated[float | None, NoneWord, Field(gt=0)] = Field(None, description="largest norm of the whole gradient")
-    precision: Literal["float32", "float64", "bf16", "auto"] = Field("float32", description="float32 | float64 | bf16 | auto (bf16 where the device has it)")
+    precision: Literal["float32", "float64", "bf16", "auto"] = Field(
+        "float32", description="float32 | float64 | bf16 | auto (bf16 where the device has it)"
+    )
     seed: int = Field(0, ge=0, lt=2**63, description="first weights, split, order and dropout follow from it")
-    evaluate: Annotated[Evaluate, _short("every")] = Field(Evaluate(), description="when to measure on the validation data, and what to keep")
+    evaluate: Annotated[Evaluate, _short("every")] = Field(
+        Evaluate(), description="when to measure on the validation data, and what to keep"
+    )
     save: Annotated[Save, _short("every")] = Field(Save(), description="when to write a checkpoint")
     limits: Limits = Field(Limits(), description="what the planner may use")
-    report: tuple[Literal["console", "page", "tensorboard"], ...] = Field(("console", "page"), description="console, page (curves as HTML in the run's folder), tensorboard")
+    report: tuple[Literal["console", "page", "tensorboard"], ...] = Field(
+        ("console", "page"), description="console, page (curves as HTML in the run's folder), tensorboard"
+    )
 
     @field_validator("model", mode="before")
     @classmethod

@@ -30,7 +30,7 @@ class Started:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step. epoch: counted from 1; loss: mean per sample of this batch; norm: of the whole gradient, None where not clipped."""
+    """One optimizer step. epoch: counted from 1; samples: seen so far; loss: mean per sample of this batch; norm: of the whole gradient, None where not clipped."""
 
     step: int
     epoch: int

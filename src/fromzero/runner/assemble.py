@@ -22,8 +22,8 @@ from fromzero.objectives import LOSSES, Metrics
 from fromzero.optim import lr_factor, make_optimizer, parameter_groups
 from fromzero.planner.values import Plan
 from fromzero.recipe.schema import Given, OwnLoss, Recipe
-from fromzero.runner.saved import Design, SavedModel, find_model, read_model
 from fromzero.runner.judge import Judge, Loss
+from fromzero.runner.saved import Design, SavedModel, find_model, read_model
 from fromzero.tuning import Frozen, freeze, new_head
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}  # of the master weights
@@ -162,7 +162,11 @@ def _class_weights(asked: Any, plan: Plan, loaded: Loaded, device: torch.device,
         counts = [max(loaded.facts.train_counts.get(n, 0), 1) for n in answers.names]
         asked = [sum(counts) / (len(counts) * c) for c in counts]
     if len(asked) != len(answers.names):
-        raise RecipeError(f"has {len(asked)} weights, the data {len(answers.names)} classes", mend=f"one for each of {', '.join(answers.names[:12])}", key="loss.class_weights")
+        raise RecipeError(
+            f"has {len(asked)} weights, the data {len(answers.names)} classes",
+            mend=f"one for each of {', '.join(answers.names[:12])}",
+            key="loss.class_weights",
+        )
     weights = [float(w) for w in asked] + [1.0] * (width - len(asked))
     return torch.tensor(weights, device=device, dtype=dtype)
 
@@ -182,4 +186,3 @@ def _own_loss(spec: OwnLoss, place: Place) -> Callable[..., tuple[Tensor, Tensor
         raise RecipeError(f"{path} has no function '{name}'", key="loss.function")
     function: Callable[..., tuple[Tensor, Tensor]] = getattr(module, name)
     return function
-

@@ -1,6 +1,6 @@
 """Checkpoints: a job and its progress in, a folder on the disk out that is whole or not there, and back, bit for bit.
 
-    checkpoints/step-N/weights.safetensors optimizer.safetensors [best.safetensors] progress.json manifest.json
+checkpoints/step-N/weights.safetensors optimizer.safetensors [best.safetensors] progress.json manifest.json
 """
 
 from __future__ import annotations

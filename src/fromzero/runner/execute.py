@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,6 @@ from fromzero.tuning import frozen_digest
 SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two checkpoints
 
 
-class Observer(Protocol):
-    """Hears every event; cannot touch training."""
-
-    def __call__(self, event: Event) -> None: ...
-
-    def close(self) -> None: ...
-
-
 @dataclass
 class Stop:
     """Why the loop should end after the step that is running: a signal's number, or `seconds`."""
@@ -57,7 +49,9 @@ class Outcome:
     model: nn.Module
 
 
-def execute(plan: Plan, loaded: Loaded, place: Place, folder: Path, observers: Sequence[Observer], *, resume: bool = False) -> Outcome:
+def execute(
+    plan: Plan, loaded: Loaded, place: Place, folder: Path, observers: Sequence[Callable[[Event], None]], *, resume: bool = False
+) -> Outcome:
     """Train into a folder, from the start or from its newest whole checkpoint.
 
     raises: Interrupted after saving on Ctrl-C or SIGTERM; NumbersError where the numbers or limits.seconds stop it
@@ -114,8 +108,15 @@ class _Run:
             return "stopped", error
         if self.progress.step < plan.steps and self.stop.reason is not None:
             if self.stop.reason == "seconds":
-                return "stopped", NumbersError(f"limits.seconds: {recipe.limits.seconds:g} seconds are over after step {self.progress.step} of {plan.steps}", mend=f"{resume} goes on")
-            return "interrupted", Interrupted(f"stopped after step {self.progress.step} of {plan.steps}, saved", code=128 + int(self.stop.reason), mend=f"{resume} goes on from there")
+                return "stopped", NumbersError(
+                    f"limits.seconds: {recipe.limits.seconds:g} seconds are over after step {self.progress.step} of {plan.steps}",
+                    mend=f"{resume} goes on",
+                )
+            return "interrupted", Interrupted(
+                f"stopped after step {self.progress.step} of {plan.steps}, saved",
+                code=128 + int(self.stop.reason),
+                mend=f"{resume} goes on from there",
+            )
         return "done", None
 
     def _stopping(self) -> bool:
@@ -182,7 +183,9 @@ class _Run:
 
 
 def _planned(plan: Plan, folder: Path) -> Planned:
-    return Planned(folder.name, plan.steps, plan.steps_per_epoch, plan.facts.model.parameters, plan.trainable_parameters, plan.predicted_seconds)
+    return Planned(
+        folder.name, plan.steps, plan.steps_per_epoch, plan.facts.model.parameters, plan.trainable_parameters, plan.predicted_seconds
+    )
 
 
 def _go_on(folder: Path, job: Job, best: Best, tell: Callable[[Event], None]) -> Progress:
@@ -190,7 +193,12 @@ def _go_on(folder: Path, job: Job, best: Best, tell: Callable[[Event], None]) ->
     for what in skipped:
         tell(Warned(what))
     if step is None:
-        raise SourceError("has no whole checkpoint to go on from", why="; ".join(skipped), mend="fromzero train its recipe.yaml starts anew", file=str(folder))
+        raise SourceError(
+            "has no whole checkpoint to go on from",
+            why="; ".join(skipped),
+            mend="fromzero train its recipe.yaml starts anew",
+            file=str(folder),
+        )
     return checkpoint.restore(step, job, best)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fromzero.errors import SourceError, UserError, did_you_mean
-from fromzero.recipe.read import write
 from fromzero.planner.values import Plan
+from fromzero.recipe.read import write
 from fromzero.sources.cache import write_whole
 
 RESULT = "result.json"
@@ -29,7 +29,9 @@ def new_folder(runs: Path, name: str) -> Path:
                 break
             continue
         except OSError as error:
-            raise UserError(f"no run can be written there ({error.strerror})", file=str(folder), mend="name another folder with --runs") from None
+            raise UserError(
+                f"no run can be written there ({error.strerror})", file=str(folder), mend="name another folder with --runs"
+            ) from None
         return folder
     raise UserError("is no folder that runs can be written to", file=str(runs), mend="name another one with --runs")
 
@@ -52,6 +54,19 @@ def find_run(runs: Path, name: str) -> Path:
     there = [p.name for p in sorted(runs.iterdir()) if (p / "recipe.yaml").is_file()] if runs.is_dir() else []
     mend = did_you_mean(short, there) or (f"the runs are {', '.join(there[-8:])}" if there else "fromzero train RECIPE makes one")
     raise SourceError(f"there is no run '{short}' in {runs}", mend=mend)
+
+
+def refuse_finished(folder: Path) -> None:
+    """raises: UserError for a run that has come to its end"""
+    try:
+        result = json.loads((folder / RESULT).read_text())
+    except (OSError, ValueError):
+        return
+    if result.get("status") == "done":
+        raise UserError(
+            f"run '{folder.name}' is done after {result.get('steps')} steps",
+            mend=f"to train on from it, use model: run:{folder.name} in a recipe",
+        )
 
 
 def list_runs(runs: Path) -> list[dict[str, Any]]:

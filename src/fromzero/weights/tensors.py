@@ -40,11 +40,15 @@ def check_fit(wanted: Mapping[str, Tensor], found: Mapping[str, Tensor], *, file
     """Names and shapes must agree exactly.  raises: SourceError listing what is missing, extra or of another shape"""
     missing = [n for n in wanted if n not in found]
     extra = [n for n in found if n not in wanted]
-    shapes = [f"{n} is {tuple(found[n].shape)}, not {tuple(t.shape)}" for n, t in wanted.items() if n in found and found[n].shape != t.shape]
+    shapes = [
+        f"{n} is {tuple(found[n].shape)}, not {tuple(t.shape)}" for n, t in wanted.items() if n in found and found[n].shape != t.shape
+    ]
     said = [f"missing {_some(missing)}"] * bool(missing) + [f"extra {_some(extra)}"] * bool(extra) + shapes[:5]
     if said:
         close = [f"{n} ~ {c[0]}" for n in missing[:3] if (c := nearest(n, extra))]
-        raise SourceError(f"its tensors do not fit the model: {'; '.join(said)}", mend=f"near: {', '.join(close)}" if close else "", file=file)
+        raise SourceError(
+            f"its tensors do not fit the model: {'; '.join(said)}", mend=f"near: {', '.join(close)}" if close else "", file=file
+        )
 
 
 def _some(names: Iterable[str]) -> str:
