@@ -42,5 +42,8 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 
 def _mixed_seed(seed: int, epoch: int) -> int:
-    mixed = _mix(torch.tensor([seed & (2**63 - 1)], dtype=torch.int64) * _GOLDEN + epoch + 1)
-    return int(mixed.item()) & (2**63 - 1)
+    word = 2**64 - 1  # the same mixing as _mix, on one Python number
+    z = ((seed & (2**63 - 1)) * (_GOLDEN & word) + epoch + 1) & word
+    z = ((z ^ z >> 30) * (_MIX_1 & word)) & word
+    z = ((z ^ z >> 27) * (_MIX_2 & word)) & word
+    return (z ^ z >> 31) & (2**63 - 1)

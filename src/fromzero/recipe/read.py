@@ -112,13 +112,17 @@ def parse(data: bytes, file: str) -> Written:
     return Written(values, builder.places)
 
 
+def _line_of(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark is not None else 0
+
+
 def _refuse_depth(text: str, file: str) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, (yaml.MappingStartEvent, yaml.SequenceStartEvent)):
             depth += 1
             if depth > MOST_DEPTH:
-                raise RecipeError(f"is nested more than {MOST_DEPTH} deep", file=file, line=event.start_mark.line + 1)
+                raise RecipeError(f"is nested more than {MOST_DEPTH} deep", file=file, line=_line_of(event))
         elif isinstance(event, (yaml.MappingEndEvent, yaml.SequenceEndEvent)):
             depth -= 1
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -82,5 +82,5 @@ Event = Planned | Started | StepDone | Evaluated | Saved | Warned | Finished
 
 
 def as_json(event: Event) -> dict[str, Any]:
-    """An event as one flat JSON object, its kind under `event`."""
-    return {"event": type(event).__name__, **asdict(event)}
+    """An event as one flat JSON object, its kind under `event`; for writing at once, as its values are shared."""
+    return {"event": type(event).__name__, **vars(event)}

@@ -41,7 +41,8 @@ def describe(folder: Path, plan: Plan, folders: Sequence[Path]) -> None:
     write_whole(folder / "recipe.yaml", write(plan.recipe).encode())
     write_whole(folder / "plan.json", json.dumps({**plan.as_json(), "place": str(folders[0].resolve())}, indent=1).encode())
     lines = [f"python {platform.python_version()}", f"platform {platform.platform()}", f"command {' '.join(sys.argv[:4])}"]
-    lines += sorted(f"{d.metadata['Name']}=={d.version}" for d in importlib.metadata.distributions() if d.metadata["Name"])
+    found = [distribution.metadata for distribution in importlib.metadata.distributions()]  # parsed anew at each access
+    lines += sorted(f"{about['Name']}=={about['Version']}" for about in found if about["Name"])
     write_whole(folder / "environment.txt", ("\n".join(dict.fromkeys(lines)) + "\n").encode())
 
 

@@ -69,6 +69,8 @@ def pieces(job: Job, index: Tensor, epoch: int) -> Pieces:
             inputs = job.augment(inputs, part, seed=job.plan.recipe.seed, epoch=epoch)
         return job.judge.on_device(inputs, targets)
 
+    if len(index) <= job.plan.micro_batch:
+        return [lambda: fetch(index)]
     return [lambda part=part: fetch(part) for part in index.split(job.plan.micro_batch)]  # type: ignore[misc]
 
 

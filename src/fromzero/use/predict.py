@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fromzero.data import Classes, ImageFormat, Numbers, Preparation
 from fromzero.data.arrays import as_pair, read_inputs
 from fromzero.data.columns import Columns
-from fromzero.data.images import ENDINGS, read_image, walk_images
+from fromzero.data.images import ENDINGS, printable, read_image, walk_images
 from fromzero.data.load import ARRAYS, TABLES
 from fromzero.data.table import read_table, table_of
 from fromzero.errors import DataError, Fault
@@ -135,7 +135,7 @@ def _images(path: Path, form: ImageFormat) -> tuple[list[str], Tensor, list[Faul
     for image in paths:
         try:
             pixels.append(read_image(image, form))
-            names.append(str(image))
+            names.append(printable(str(image)))
         except DataError as error:
             faults += error.faults
     stacked = torch.stack(pixels) if pixels else torch.zeros(0, *form.shape)
