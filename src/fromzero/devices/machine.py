@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from fromzero.devices.allocator import has_glibc
 from fromzero.errors import PlanRefused
 
 
@@ -23,6 +24,7 @@ class MachineFacts:
     threads: int
     memory_bytes: int
     bf16: bool
+    keeps_memory: bool  # its allocator can be told to keep what was freed
     python: str
     torch: str
     system: str
@@ -39,6 +41,7 @@ def look_at_machine(asked: str = "auto") -> MachineFacts:
         device_name=torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         threads=usable_cores(),
         memory_bytes=torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory(),
+        keeps_memory=device == "cpu" and has_glibc(),
         bf16=device == "cuda" and torch.cuda.is_bf16_supported(),
         python=platform.python_version(),
         torch=torch.__version__,

@@ -33,6 +33,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
     choices = (
         Choice("device", facts.machine.device, _device_reason(recipe, facts)),
         Choice("threads", threads, "limits.threads" if recipe.limits.threads != "auto" else "every core this process may use"),
+        Choice("allocator", "keeps freed memory" if facts.machine.keeps_memory else "as it is", _allocator_reason(facts)),
         precision_choice,
         micro_choice,
     )
@@ -53,6 +54,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         facts=facts,
         device=facts.machine.device,
         threads=threads,
+        keep_memory=facts.machine.keeps_memory,
         precision=precision,
         batch=batch,
         micro_batch=micro,
@@ -96,6 +98,12 @@ def _device_reason(recipe: Recipe, facts: Facts) -> str:
     if recipe.limits.device != "auto":
         return "limits.device"
     return "there is one" if facts.machine.device == "cuda" else "no cuda device here"
+
+
+def _allocator_reason(facts: Facts) -> str:
+    if facts.machine.keeps_memory:
+        return "each step takes the same blocks again; spares their page faults, changes no number"
+    return "only glibc on a CPU can be told to keep what is freed"
 
 
 def _precision(recipe: Recipe, facts: Facts) -> tuple[str, Choice]:

@@ -43,7 +43,7 @@ def show(plan: Plan) -> str:
         f"{format_count(plan.batch)} samples a step",
         "gradient descent: the whole training set" if recipe.batch == "all" else "the recipe's",
     )
-    for name in ("micro_batch", "device", "threads", "precision"):
+    for name in ("micro_batch", "device", "threads", "allocator", "precision"):
         choice = chosen[name]
         lines += _node(name, str(choice.value), choice.reason + (f"; {choice.price}" if choice.price else ""))
     lines += _node(

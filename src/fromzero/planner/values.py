@@ -85,6 +85,7 @@ class Plan:
     facts: Facts
     device: str
     threads: int
+    keep_memory: bool  # freed memory stays with the process
     precision: str
     batch: int
     micro_batch: int

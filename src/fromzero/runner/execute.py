@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fromzero.data import Loaded
-from fromzero.devices import peak_memory
+from fromzero.devices import keep_freed_memory, peak_memory
 from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError
 from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, Finished, Planned, Saved, Started, Warned
@@ -63,6 +63,8 @@ def execute(
 
     with torch.random.fork_rng(devices=[]), _spoken_once(tell), _signals() as stop:
         torch.set_num_threads(plan.threads)
+        if plan.keep_memory:
+            keep_freed_memory()
         torch.manual_seed(plan.recipe.seed)
         job = assemble(plan, loaded, place)
         torch.manual_seed(plan.recipe.seed)  # the draws of training do not depend on how the model was built

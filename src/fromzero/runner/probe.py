@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from fromzero.data import Loaded, TensorExamples
-from fromzero.devices import peak_memory
+from fromzero.devices import keep_freed_memory, peak_memory
 from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.loop import clip, pieces, set_learning_rate
@@ -30,6 +30,8 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         warnings.simplefilter("ignore")  # the run itself says them once
         torch.manual_seed(plan.recipe.seed)
         torch.set_num_threads(plan.threads)
+        if plan.keep_memory:
+            keep_freed_memory()
         job = assemble(replace(plan, steps=max(plan.steps, MOST_STEPS)), loaded, place)
         index = torch.arange(min(plan.batch, MOST_SAMPLES))
         set_training(job.model, job.frozen)
