@@ -170,16 +170,12 @@ def train(
 
     A module given from Python ends with the weights that the run keeps.
     """
-    from fromzero.recipe.schema import Given
-
     if recipe is None:
         given = keys.get("model")
         if "name" not in keys and given is not None and not isinstance(given, (str, Mapping)):
             keys["name"] = (given.__name__ if isinstance(given, type) else type(given).__name__).lower()
         loss = keys.get("loss", "auto")
         keys.setdefault("task", "regress" if loss in ("mse", "mae", "huber") else "classify")
-        if isinstance(keys.get("data"), (tuple, list)):
-            keys["data"] = Given(keys["data"])
         recipe = keys
     elif keys:
         raise RecipeError(f"a recipe and keys were both given ({', '.join(keys)})", mend="put them into the recipe, or leave it out")

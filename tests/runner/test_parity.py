@@ -39,15 +39,16 @@ def train(tmp_path: Path, **keys: object) -> fz.Planned:
 
 @pytest.mark.parametrize("batch", [64, 37])  # 37 is no power of two, and leaves a shorter last batch
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_weights_after_50_steps_equal_a_plain_loop_bit_for_bit(tmp_path: Path, batch: int, dropout: float) -> None:
+@pytest.mark.parametrize("measured", [False, True])  # measuring in between must leave no trace
+def test_weights_after_50_steps_equal_a_plain_loop_bit_for_bit(tmp_path: Path, batch: int, dropout: float, measured: bool) -> None:
     x, y = digits()
     torch.manual_seed(0)
     theirs = Small(dropout)
     given = Small(dropout)
     given.load_state_dict(theirs.state_dict())
-    outcome = train(
-        tmp_path, model=given, data={"train": (x, y), "hold_out": 0.0}, optimizer=fz.AdamW(lr=1e-2), batch=batch, steps=50, seed=5
-    )
+    data = {"train": (x, y), "validation": (x[:40] + 0.1, y[:40])} if measured else {"train": (x, y), "hold_out": 0.0}
+    keys = {"optimizer": fz.AdamW(lr=1e-2), "batch": batch, "steps": 50, "seed": 5, "evaluate": {"every": "epoch", "keep": "last"}}
+    outcome = train(tmp_path, model=given, data=data, **keys)
 
     optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.01)
     torch.manual_seed(5)

@@ -44,9 +44,9 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
             Finding(
                 "error",
                 "nothing-trains",
-                "every parameter is frozen",
+                "every parameter is frozen" if facts.model.parameters else "the model has no parameters",
                 "no step could change anything",
-                "leave the head free, or set freeze: none",
+                "leave the head free, or set freeze: none" if facts.model.parameters else "give it layers that learn",
             ),
         )
     return Plan(

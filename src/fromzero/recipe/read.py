@@ -74,7 +74,18 @@ def read(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def from_values(values: Mapping[str, Any]) -> Recipe:
     """A Recipe from Python values; faults name the key, and no file."""
-    return check(Written(_plain(values)))
+    plain = _plain(values)
+    data = plain.get("data")
+    if isinstance(data, dict) and "train" in data:
+        plain["data"] = {key: _held(value) if key in ("train", "validation") else value for key, value in data.items()}
+    elif data is not None:
+        plain["data"] = _held(data)
+    return check(Written(plain))
+
+
+def _held(source: Any) -> Any:
+    """Text names a source; everything else that Python hands over is the data itself."""
+    return source if source is None or isinstance(source, (str, Given)) else Given(source)
 
 
 def parse(data: bytes, file: str) -> Written:
