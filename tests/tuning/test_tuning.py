@@ -144,7 +144,7 @@ def test_learning_rate_multipliers_reach_the_parameters_they_name(tmp_path: obje
             "task": "classify",
             "model": model,
             "data": {"train": images()},
-            "optimizer": {"name": "sgd", "lr": 0.1, "lr_scale": {"conv*": 0.0, "head": 0.1}},
+            "optimizer": {"name": "sgd", "lr": 0.1, "lr_scale": {"conv?": 0.0, "head": 0.1}},
             "steps": 1,
             "report": (),
         },

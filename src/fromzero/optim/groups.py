@@ -29,9 +29,13 @@ def parameter_groups(
     _require_matches([name for name, _ in named], lr_scale)
     by_scale: dict[float, list[Parameter]] = {}
     for name, parameter in named:
-        scale = next((scale for glob, scale in lr_scale.items() if _matches(glob, name)), 1.0)
-        by_scale.setdefault(scale, []).append(parameter)
+        by_scale.setdefault(lr_multiplier(name, lr_scale), []).append(parameter)
     return [{"params": params, "lr": lr * scale, "base_lr": lr * scale} for scale, params in by_scale.items()]
+
+
+def lr_multiplier(name: str, lr_scale: Mapping[str, float]) -> float:
+    """What the learning rate of one parameter is multiplied by: the first glob that matches, else 1."""
+    return next((scale for glob, scale in lr_scale.items() if _matches(glob, name)), 1.0)
 
 
 def _matches(glob: str, name: str) -> bool:

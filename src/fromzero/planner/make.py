@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import fnmatch
 import math
 
 from fromzero.errors import Fault, PlanRefused
+from fromzero.optim import lr_multiplier
 from fromzero.planner.cost import run_seconds, training_bytes
 from fromzero.planner.values import Choice, Facts, Finding, Plan, TrainRow
 from fromzero.planner.xray import findings
@@ -86,11 +86,8 @@ def _trains(recipe: Recipe, facts: Facts) -> tuple[TrainRow, ...]:
         if not layer.tensors:
             continue
         free = [p for p in layer.tensors if p not in still]
-        scale = next(
-            (s for glob, s in recipe.optimizer.lr_scale.items() for p in free if fnmatch.fnmatchcase(p, glob) or p.startswith(glob + ".")),
-            1.0,
-        )
-        rows.append(TrainRow(layer.name, layer.kind, sum(layer.tensors.values()), bool(free), recipe.optimizer.lr * scale if free else 0.0))
+        lr = recipe.optimizer.lr * lr_multiplier(free[0], recipe.optimizer.lr_scale) if free else 0.0
+        rows.append(TrainRow(layer.name, layer.kind, sum(layer.tensors.values()), bool(free), lr))
     return tuple(rows)
 
 

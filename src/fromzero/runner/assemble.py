@@ -18,11 +18,11 @@ from fromzero.data import Augmentation, Classes, Examples, Loaded
 from fromzero.data.load import find_path
 from fromzero.errors import ModelError, RecipeError
 from fromzero.models import MODELS, blueprint_of_file, blueprint_of_name, blueprint_of_object, seeded
-from fromzero.objectives import LOSSES, Metrics
+from fromzero.objectives import LOSSES, Loss, Metrics
 from fromzero.optim import lr_factor, make_optimizer, parameter_groups
 from fromzero.planner.values import Plan
 from fromzero.recipe.schema import Given, OwnLoss, Recipe
-from fromzero.runner.judge import Judge, Loss
+from fromzero.runner.judge import Judge
 from fromzero.runner.saved import Design, SavedModel, find_model, read_model
 from fromzero.tuning import Frozen, freeze, new_head
 

@@ -15,11 +15,9 @@ from torch import Tensor, nn
 
 from fromzero.data import Examples, Numbers
 from fromzero.data.answers import Answers
-from fromzero.objectives import Metrics
+from fromzero.objectives import Loss, Metrics
 
 AT_LEAST = 256  # samples at once where nothing is kept for a backward pass
-
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Loss = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # (outputs, targets) → (sum, count)
+from fromzero.objectives import Loss
+
 Pieces = Sequence[Callable[[], tuple[Tensor, Tensor]]]  # each makes its part of the batch when it is its turn
 
 
