@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fromzero.data.answers import Answers, Classes, Numbers, Soft, answered, check_finite, find_classes, fit_numbers, read_numbers
+from fromzero.data.answers import Answers, Classes, Soft, answered, check_finite, find_classes, fit_numbers, read_numbers
 from fromzero.data.arrays import as_pair, read_arrays
 from fromzero.data.catalogue import NAMED_SETS
 from fromzero.data.columns import Columns, as_word
-from fromzero.data.examples import Examples, ItemExamples, TensorExamples
+from fromzero.data.examples import Examples, TensorExamples
 from fromzero.data.images import ImageFormat, find_images
 from fromzero.data.sources import ArrayRows, ImageRows, InputFormat, ItemRows, RowSource, TableRows, refuse_other_kind, table_rows
 from fromzero.data.split import hold_out, sample
@@ -425,6 +425,3 @@ def load_again(source: Any, preparation: Preparation, request: Request) -> Examp
     if not rows:
         raise DataError("no example is left to evaluate", why=f"{len(rows_of)} rows read, 0 after filters", file=rows_of.name)
     return _Part(rows_of, labels, (), rows).examples(preparation.inputs, preparation.answers)
-
-
-__all__ = ["DataFacts", "ItemExamples", "Loaded", "Numbers", "Preparation", "Request", "load", "load_again"]

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fromzero.data.columns import Column, ColumnFacts, Columns, fit_columns, gap, inspect_column, usable
+from fromzero.data.columns import ColumnFacts, Columns, fit_columns, gap, inspect_column, usable
 from fromzero.data.examples import Examples, ItemExamples, TensorExamples
 from fromzero.data.images import GREY_MODES, ImageFormat, ImageTree, image_header, printable, read_image
 from fromzero.data.table import Table
@@ -390,18 +390,3 @@ def refuse_other_kind(source: RowSource, form: InputFormat) -> None:
     if not isinstance(form, wanted):
         trained = {Columns: "a table", ImageFormat: "images", ArrayFormat: "arrays"}[type(form)]
         raise DataError(f"holds {kind}, the model was trained on {trained}", mend="give data of that kind", file=source.name)
-
-
-__all__ = [
-    "ArrayFormat",
-    "ArrayRows",
-    "Column",
-    "ImageRows",
-    "InputFormat",
-    "ItemRows",
-    "RowSource",
-    "TableRows",
-    "guess_target",
-    "refuse_other_kind",
-    "table_rows",
-]
