@@ -1,0 +1,1 @@
+"""Layers: pure modules that the families share. They know no family, no file and no recipe."""

@@ -1,0 +1,80 @@
+"""Documents: where each document of a batch of tokens begins in, their lengths, positions and groups of equal length out.
+
+A batch of text is the tokens of its documents end to end; there is no padding and no pad token.
+Dims: N tokens of a batch end to end, B documents.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fromzero.errors import ShapeError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Documents of one length. index: (count · length,) their tokens' places, or None where they are the whole batch in order."""
+
+    length: int
+    count: int
+    index: Tensor | None
+
+
+@dataclass(frozen=True)
+class Documents:
+    """offsets: (B + 1,) int64 from 0 to N.  positions: (N,) int64, each token's place in its own document."""
+
+    offsets: Tensor
+    lengths: tuple[int, ...]
+    positions: Tensor
+    groups: tuple[Group, ...]
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def last(self) -> Tensor:
+        """(B,) the place of each document's last token"""
+        return self.offsets[1:] - 1
+
+    @property
+    def owner(self) -> Tensor:
+        """(N,) int64, the document of each token"""
+        counts = self.offsets.diff()
+        return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=sum(self.lengths))
+
+
+def documents_of(tokens: Tensor, offsets: Tensor) -> Documents:
+    """Look at the offsets once for all layers. On a GPU this waits for the device.
+
+    raises: ShapeError where the offsets do not run from 0 to N, or a document is empty
+    """
+    bounds = offsets.tolist()
+    lengths = tuple(after - before for before, after in zip(bounds, bounds[1:], strict=False))
+    if not bounds or bounds[0] != 0 or bounds[-1] != len(tokens) or min(lengths, default=1) < 1:
+        raise ShapeError(
+            f"offsets {bounds[:6]}{' …' if len(bounds) > 6 else ''} do not fit {len(tokens)} tokens",
+            why="they begin with 0, rise by each document's length of at least 1, and end with the number of tokens",
+        )
+    device = tokens.device
+    positions = torch.arange(len(tokens), device=device) - torch.repeat_interleave(
+        offsets[:-1], offsets.diff(), output_size=len(tokens)
+    )  # (N,)
+    return Documents(offsets, lengths, positions, _groups(bounds, lengths, device))
+
+
+def _groups(bounds: list[int], lengths: tuple[int, ...], device: torch.device) -> tuple[Group, ...]:
+    if len(set(lengths)) <= 1:
+        return tuple(Group(length, len(lengths), None) for length in lengths[:1])
+    starts: dict[int, list[int]] = defaultdict(list)
+    for start, length in zip(bounds, lengths, strict=False):
+        starts[length].append(start)
+    return tuple(
+        Group(length, len(begin), (torch.tensor(begin)[:, None] + torch.arange(length)).reshape(-1).to(device))
+        for length, begin in starts.items()
+    )
