@@ -221,5 +221,5 @@ def test_different_sizes_are_refused_with_the_counts_and_resized_where_asked(tmp
     refused(lambda: load(Request(root)), "2 sizes: 32×32 (6), 16×16 (1)", "size: 32")
     loaded = load(Request(root, image=ImageFormat(8, 8, 1)))
     assert loaded.facts.input_shape == (1, 8, 8)
-    inputs, _ = loaded.train.take(torch.tensor([0]))
+    (inputs,), _ = loaded.train.take(torch.tensor([0]))
     assert inputs.dtype == torch.float32 and 0 <= float(inputs.min()) <= float(inputs.max()) <= 1

@@ -235,7 +235,7 @@ def test_one_row_with_label_99_is_seen_in_the_counts(write):
 
 def test_the_usual_words_for_nothing_are_gaps(write):
     loaded = load(Request(write("x,y\n1,a\nNA,b\n?,a\n ,b\n<NA>,a\n3,b\n"), hold_out=0.0))
-    inputs = loaded.train.take(loaded.train.targets.new_tensor(range(6)))[0]
+    inputs = loaded.train.take(loaded.train.targets.new_tensor(range(6)))[0][0]
     assert inputs[:, 1].tolist() == [0, 1, 1, 1, 1, 0]  # the flag
     assert inputs[:, 0].tolist() == [-1, 0, 0, 0, 0, 1]  # the median, 2
 

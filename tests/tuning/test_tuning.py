@@ -32,7 +32,7 @@ def images(count: int = 90, classes: int = 3) -> tuple[torch.Tensor, torch.Tenso
 def layers(model: nn.Module) -> dict[str, tuple[str, ...]]:
     from fromzero.models import inspect_model
 
-    return {layer.name: tuple(layer.tensors) for layer in inspect_model(model, images()[0][:2], "m").layers}
+    return {layer.name: tuple(layer.tensors) for layer in inspect_model(model, (images()[0][:2],), "m").layers}
 
 
 def test_through_follows_the_order_layers_run_not_the_order_they_were_written() -> None:

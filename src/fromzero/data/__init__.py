@@ -2,7 +2,7 @@
 
 from fromzero.data.answers import Classes, Numbers, Soft
 from fromzero.data.augment import Augmentation
-from fromzero.data.examples import Examples, TensorExamples
+from fromzero.data.examples import Examples, Inputs, TensorExamples
 from fromzero.data.images import ImageFormat
 from fromzero.data.load import DataFacts, Loaded, Preparation, Request, load, load_again
 from fromzero.data.order import epoch_order
@@ -13,6 +13,7 @@ __all__ = [
     "DataFacts",
     "Examples",
     "ImageFormat",
+    "Inputs",
     "Loaded",
     "Numbers",
     "Preparation",

@@ -1,5 +1,6 @@
 """Examples: indices in, a batch of inputs and targets out. Knows no file, no recipe and no model.
 
+Inputs are a tuple of tensors, the arguments of the model: (pixels,) for an image, (tokens, offsets) for text.
 Dims: B batch, M all examples of a set.
 """
 
@@ -13,6 +14,9 @@ import torch
 from torch import Tensor
 
 
+Inputs = tuple[Tensor, ...]
+
+
 class Examples(Protocol):
     """A set of M examples that can be taken in any order, any number of times."""
 
@@ -22,8 +26,8 @@ class Examples(Protocol):
 
     def __len__(self) -> int: ...
 
-    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        """index: (B,) int64 on the CPU.  returns: (B, …) inputs and their targets"""
+    def take(self, index: Tensor) -> tuple[Inputs, Tensor]:
+        """index: (B,) int64 on the CPU.  returns: inputs of B examples, and their targets"""
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,11 @@ class TensorExamples:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, index: Tensor) -> tuple[Inputs, Tensor]:
         inputs = self.inputs.index_select(0, index)
         if self.divisor is not None:
             inputs = inputs.to(torch.float32).div_(self.divisor)
-        return inputs, self.targets.index_select(0, index)
+        return (inputs,), self.targets.index_select(0, index)
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,6 @@ class ItemExamples:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def take(self, index: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, index: Tensor) -> tuple[Inputs, Tensor]:
         inputs = torch.stack([torch.as_tensor(self.items(self.rows[i])) for i in index.tolist()])
-        return inputs, self.targets.index_select(0, index)
+        return (inputs,), self.targets.index_select(0, index)

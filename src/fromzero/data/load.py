@@ -384,7 +384,7 @@ def _conflicts(keys: Sequence[bytes], strata: Sequence[str]) -> int:
 
 
 def _range(train: Examples) -> dict[str, float]:
-    some = train.take(torch.arange(min(len(train), 512)))[0]
+    some = train.take(torch.arange(min(len(train), 512)))[0][0]
     return {"lowest": float(some.min()), "highest": float(some.max())}
 
 

@@ -22,7 +22,7 @@ _COUPLING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 @dataclass(frozen=True)
 class LayerFacts:
-    """A layer with no layers inside. tensors: parameter name → number of values."""
+    """A layer with no layers inside, or with parameters of its own. tensors: parameter name → number of values."""
 
     name: str
     kind: str
@@ -48,18 +48,21 @@ class ModelFacts:
     coupled: tuple[str, ...]  # layers that mix the samples of a batch
 
 
-def inspect_model(model: nn.Module, inputs: Tensor, name: str) -> ModelFacts:
-    """Run two samples through a copy of the module.
+def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, samples: int = 2, rows: int | None = None) -> ModelFacts:
+    """Run a small batch through a copy of the module.
 
-    inputs:  (2, …) as a batch would be
+    inputs:  the arguments of the model for `samples` samples, as a batch would be
+    rows:    how many rows its output has: one a sample, or one a token
     raises:  ModelError where the module fails on them, or gives no tensor
     """
     twin = copy.deepcopy(model)
     watch = _Watch(twin)
-    outputs = watch.run(inputs, name)
+    outputs = watch.run(inputs, name, samples if rows is None else rows)
     executed = list(dict.fromkeys(watch.order))
     modules = dict(twin.named_modules())
-    layers = tuple(LayerFacts(n, type(modules[n]).__name__, _own(n, modules[n])) for n in executed)
+    known = {id(p): n for n, p in twin.named_parameters()}  # a tied tensor has one name
+    own = {n: {known[id(p)]: p.numel() for p in modules[n].parameters(recurse=False)} for n in executed}
+    layers = tuple(LayerFacts(n, type(modules[n]).__name__, own[n]) for n in executed)
     used = {p for layer in layers for p in layer.tensors}
     linears = tuple(n for n in executed if isinstance(modules[n], nn.Linear))
     random = _differs(twin, inputs)
@@ -71,7 +74,7 @@ def inspect_model(model: nn.Module, inputs: Tensor, name: str) -> ModelFacts:
         parameters=sum(p.numel() for p in parameters.values()),
         parameter_bytes=sum(p.nbytes for p in parameters.values()),
         output_shape=tuple(outputs.shape[1:]),
-        activation_bytes=watch.saved_bytes // max(len(inputs), 1),
+        activation_bytes=watch.saved_bytes // samples,
         head=_head(linears, modules, outputs),
         linears=linears,
         ends_in=_ends_in(outputs),
@@ -81,25 +84,21 @@ def inspect_model(model: nn.Module, inputs: Tensor, name: str) -> ModelFacts:
     )
 
 
-def _own(prefix: str, module: nn.Module) -> dict[str, int]:
-    return {f"{prefix}.{n}" if prefix else n: p.numel() for n, p in module.named_parameters()}
-
-
 class _Watch:
-    """Hooks on every layer without layers inside, for one forward pass in eval mode."""
+    """Hooks on every layer, for one forward pass in eval mode."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval()
         self.order: list[str] = []
         self.flat_dropout: list[str] = []
         self.saved_bytes = 0
-        self._leaves = {n: m for n, m in model.named_modules() if not list(m.children())}
+        self._leaves = {n: m for n, m in model.named_modules() if not list(m.children()) or list(m.parameters(recurse=False))}
         self._seen: set[int] = set()
 
     def leaves_own(self, parameter: str) -> bool:
         return parameter.rpartition(".")[0] in self._leaves
 
-    def run(self, inputs: Tensor, name: str) -> Tensor:
+    def run(self, inputs: tuple[Tensor, ...], name: str, rows: int) -> Tensor:
         handles = [m.register_forward_pre_hook(self._note(n)) for n, m in self._leaves.items()]
         known = {p.data_ptr() for p in self.model.parameters()}
 
@@ -114,21 +113,21 @@ class _Watch:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
                 warnings.simplefilter("ignore")
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                    outputs: Any = self.model(inputs)
+                    outputs: Any = self.model(*inputs)
         except Exception as error:
-            shape = tuple(inputs.shape)
+            shapes = " and ".join(str(tuple(t.shape)) for t in inputs)
             raise ModelError(
-                f"{name} fails on inputs of shape {shape}: {type(error).__name__}: {str(error)[:300]}",
-                why=f"a batch of the data has shape (batch, {', '.join(map(str, shape[1:]))})",
+                f"{name} fails on inputs of shape {shapes}: {type(error).__name__}: {str(error)[:300]}",
+                why=_batch_is(inputs),
                 mend="change the model's first layers, or data.input",
                 key="model",
             ) from error
         finally:
             for handle in handles:
                 handle.remove()
-        if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != len(inputs):
+        if not isinstance(outputs, Tensor) or outputs.ndim == 0 or len(outputs) != rows:
             what = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ModelError(f"{name} gives {what}", why="training needs one tensor that begins with the batch", key="model")
+            raise ModelError(f"{name} gives {what}", why=f"training needs one tensor of {rows} rows here", key="model")
         return outputs.detach()
 
     def _note(self, name: str) -> Any:
@@ -138,6 +137,12 @@ class _Watch:
                 self.flat_dropout.append(name)
 
         return hook
+
+
+def _batch_is(inputs: tuple[Tensor, ...]) -> str:
+    if len(inputs) == 2:
+        return "a batch of text is two arguments: the tokens of its documents end to end, and where each begins"
+    return f"a batch of the data has shape (batch, {', '.join(map(str, inputs[0].shape[1:]))})"
 
 
 def _head(linears: Sequence[str], modules: dict[str, nn.Module], outputs: Tensor) -> str | None:
@@ -161,7 +166,7 @@ def _ends_in(outputs: Tensor) -> str:
     return ""
 
 
-def _differs(model: nn.Module, inputs: Tensor) -> bool:
+def _differs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
     """Whether two training passes with different random states differ: finds functional dropout."""
     model.train()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -169,5 +174,5 @@ def _differs(model: nn.Module, inputs: Tensor) -> bool:
         results = []
         for seed in (1, 2):
             torch.manual_seed(seed)
-            results.append(copy.deepcopy(model)(inputs))
+            results.append(model(*inputs))
     return not torch.equal(results[0], results[1])

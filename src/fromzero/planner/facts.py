@@ -32,15 +32,15 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel) -> Look:
     """
     machine = look_at_machine(recipe.limits.device)
     loaded = load(request(recipe, folders))
-    two = loaded.train.take(torch.tensor([0, min(1, len(loaded.train) - 1)]))[0]
+    inputs, targets = loaded.train.take(torch.tensor([0, min(1, len(loaded.train) - 1)]))
     model = build(recipe, loaded)
     name = str(recipe.model.source)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), two.dtype)
-    two = two.to(dtype) if two.is_floating_point() else two
-    seen = inspect_model(model, two, name)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    two = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
+    seen = inspect_model(model, two, name, rows=len(targets))
     if recipe.head.new:
         model = new_head(model, recipe.head.layer or seen.head, loaded.facts.outputs, linears=seen.linears)
-        seen = inspect_model(model, two, name)
+        seen = inspect_model(model, two, name, rows=len(targets))
     layers = {layer.name: tuple(layer.tensors) for layer in seen.layers}
     freeze = recipe.freeze
     parameters = [n for n, _ in model.named_parameters()]

@@ -26,7 +26,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
     evaluations = math.ceil(steps / every) if data.validation else 0
     trains = _trains(recipe, facts)
     still = set(facts.frozen.parameters)
-    trainable = sum(n for layer in facts.model.layers for p, n in layer.tensors.items() if p not in still)
+    trainable = sum({p: n for layer in facts.model.layers for p, n in layer.tensors.items() if p not in still}.values())
     precision, precision_choice = _precision(recipe, facts)
     micro, micro_choice, trouble = _micro_batch(recipe, facts, batch, trainable, precision)
     threads = facts.machine.threads if recipe.limits.threads == "auto" else min(recipe.limits.threads, facts.machine.threads)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fromzero.data import Examples, Numbers
+from fromzero.data import Examples, Inputs, Numbers
 from fromzero.data.answers import Answers
 from fromzero.objectives import Loss, Metrics
 
@@ -32,22 +32,22 @@ class Judge:
     around: Callable[[], AbstractContextManager[Any]]
     batch: int = AT_LEAST
 
-    def on_device(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Floats in the model's type, both on the model's device."""
-        inputs = inputs.to(self.device, self.dtype if inputs.is_floating_point() else None)
-        return inputs, targets.to(self.device, self.dtype if targets.is_floating_point() else None)
+    def on_device(self, inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
+        """Floats in the model's type, all on the model's device."""
+        *moved, targets = (t.to(self.device, self.dtype if t.is_floating_point() else None) for t in (*inputs, targets))
+        return tuple(moved), targets
 
     @torch.no_grad()
-    def measure(self, model: nn.Module, examples: Examples) -> tuple[float, dict[str, float]]:
-        """Mean loss per counted value, and the metrics; the module is left in eval mode."""
+    def measure(self, model: nn.Module, examples: Examples, index: Tensor | None = None) -> tuple[float, dict[str, float]]:
+        """Mean loss per counted value, and the metrics, of all examples or those of an index; the module is left in eval mode."""
         model.eval()
         self.metrics.reset()
         total = torch.zeros((), dtype=torch.float64)
         count = torch.zeros((), dtype=torch.float64)
-        for index in torch.arange(len(examples)).split(max(self.batch, AT_LEAST)):
-            inputs, targets = self.on_device(*examples.take(index))
+        for part_of in (torch.arange(len(examples)) if index is None else index).split(max(self.batch, AT_LEAST)):
+            inputs, targets = self.on_device(*examples.take(part_of))
             with self.around():
-                outputs = model(inputs)
+                outputs = model(*inputs)
                 part, counted = self.loss(outputs, targets)
             total += part.double().cpu()
             count += counted.double().cpu()

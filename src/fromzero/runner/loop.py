@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fromzero.data import epoch_order
+from fromzero.data import Inputs, epoch_order
 from fromzero.errors import NumbersError
 from fromzero.report.events import Evaluated, Event, StepDone
 from fromzero.runner.assemble import Job
@@ -63,10 +63,10 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
 def pieces(job: Job, index: Tensor, epoch: int) -> Pieces:
     """A batch cut as the plan says; each piece is fetched when it is its turn.  index: (B,)"""
 
-    def fetch(part: Tensor) -> tuple[Tensor, Tensor]:
+    def fetch(part: Tensor) -> tuple[Inputs, Tensor]:
         inputs, targets = job.train.take(part)
         if job.augment is not None:
-            inputs = job.augment(inputs, part, seed=job.plan.recipe.seed, epoch=epoch)
+            inputs = (job.augment(inputs[0], part, seed=job.plan.recipe.seed, epoch=epoch),)
         return job.judge.on_device(inputs, targets)
 
     if len(index) <= job.plan.micro_batch:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from fromzero.data import Loaded, TensorExamples
+from fromzero.data import Loaded
 from fromzero.devices import keep_freed_memory, peak_memory
 from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
@@ -73,9 +73,7 @@ def _steps(job: Job, index: torch.Tensor) -> tuple[list[float], list[float], tup
 
 def _evaluation(job: Job, index: torch.Tensor) -> float:
     """Seconds that measuring a batch takes, metrics included."""
-    inputs, targets = job.train.take(index)
-    some = TensorExamples(inputs, targets)
-    job.judge.measure(job.model, some)
+    job.judge.measure(job.model, job.train, index)
     started = time.perf_counter()
-    job.judge.measure(job.model, some)
+    job.judge.measure(job.model, job.train, index)
     return time.perf_counter() - started

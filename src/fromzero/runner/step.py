@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fromzero.data import Inputs
 from fromzero.objectives import Loss
 
-Pieces = Sequence[Callable[[], tuple[Tensor, Tensor]]]  # each makes its part of the batch when it is its turn
+Pieces = Sequence[Callable[[], tuple[Inputs, Tensor]]]  # each makes its part of the batch when it is its turn
 
 
 def gradients(model: nn.Module, pieces: Pieces, loss: Loss, around: Callable[[], AbstractContextManager[Any]]) -> tuple[float, float]:
@@ -31,7 +32,7 @@ def gradients(model: nn.Module, pieces: Pieces, loss: Loss, around: Callable[[],
     for piece in pieces:
         inputs, targets = piece()
         with around():
-            part, counted = loss(model(inputs), targets)
+            part, counted = loss(model(*inputs), targets)
         (part / counted if whole else part).backward()
         total += part.item()  # waits for the device
         count += counted.item()

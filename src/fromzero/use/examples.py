@@ -16,7 +16,7 @@ MOST_COLUMNS = 72
 
 def show_examples(loaded: Loaded, count: int) -> tuple[str, list[dict[str, Any]]]:
     """The first training examples of the split: text for people, values for programs."""
-    inputs, targets = loaded.train.take(torch.arange(min(count, len(loaded.train))))
+    (inputs,), targets = loaded.train.take(torch.arange(min(count, len(loaded.train))))
     names = _input_names(loaded)
     shown, values = [], []
     for i in range(len(inputs)):

@@ -88,9 +88,10 @@ class Attend(nn.Module):
         reach = -1 if self.reach is None else self.reach
         window = (reach, 0 if self.causal else reach)
         grouped = q.shape[1] != k.shape[1]
-        out: Tensor = varlen_attn(
+        out = varlen_attn(
             q, k, v, offsets, offsets, documents.longest, documents.longest, scale=self.scale, window_size=window, enable_gqa=grouped
         )
+        assert isinstance(out, Tensor)
         return out
 
 
