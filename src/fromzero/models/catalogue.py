@@ -10,28 +10,71 @@ import hashlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import fromzero.models.efficientnet as efficientnet
+import fromzero.models.vit as vit
 from fromzero.errors import ModelError, did_you_mean
 from fromzero.models.cnn import CNN
+from fromzero.models.decoder_families import DECODERS, decoder_config
+from fromzero.models.decoder_families import SIZES as DECODER_SIZES
+from fromzero.models.efficientnet import EfficientNetLite0
+from fromzero.models.encoder_families import ENCODERS, encoder_config
+from fromzero.models.encoder_families import SIZES as ENCODER_SIZES
+from fromzero.models.families import Family
 from fromzero.models.mlp import MLP
+from fromzero.models.resnet import ResNet
+from fromzero.models.rnn import RNN
+from fromzero.models.vit import ViT
 from fromzero.models.written import build_written, describe_written
+
+
+def _sized(make: Callable[..., Any], sizes: Mapping[str, Mapping[str, Any]]) -> dict[str, Callable[..., Any]]:
+    return {name: partial(make, **size) for name, size in sizes.items()}
+
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "mlp": MLP,
     "cnn": CNN,
+    "rnn": partial(RNN, cell="rnn"),
+    "lstm": partial(RNN, cell="lstm"),
+    "gru": partial(RNN, cell="gru"),
+    **{f"resnet{depth}": partial(ResNet, depth=depth) for depth in (18, 34, 50, 101, 152)},
+    "efficientnet-lite0": EfficientNetLite0,
+    **_sized(ViT, vit.SIZES),
 }
+TEXT_MODELS: dict[
+    str, Callable[..., dict[str, Any]]
+] = {  # each makes the config.json of a family, so that others can load what was trained
+    "encoder": encoder_config,
+    **_sized(encoder_config, ENCODER_SIZES),
+    "decoder": decoder_config,
+    **_sized(decoder_config, DECODER_SIZES),
+}
+FAMILIES: dict[str, Family] = {**DECODERS, **ENCODERS, "vit": vit.FAMILY, "efficientnet-lite0": efficientnet.FAMILY}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the data asks of a model. inputs: shape of a sample; vocabulary: tokens of text; per_token: an output for each of them."""
+
+    inputs: tuple[int, ...]
+    outputs: int
+    vocabulary: int | None = None
+    per_token: bool = False
 
 
 @dataclass(frozen=True)
 class Blueprint:
-    """How a module is built: kind is catalogue (a name), code (a class in source text) or written (layer by layer)."""
+    """How a module is built: kind is catalogue (a name), family (a published config), code (a class in source text) or
+    written (layer by layer)."""
 
     kind: str
     name: str
@@ -41,23 +84,49 @@ class Blueprint:
 
     def build(self) -> nn.Module:
         """raises: ModelError where the class is not there or does not take the options"""
-        if self.kind == "catalogue":
-            return _call(MODELS[self.name], self.name, self.options)
         if self.kind == "written":
             return build_written(self.tree)
-        return _call(_class_in(self.code, self.name), self.name, self.options)
+        make: Callable[..., nn.Module]
+        if self.kind == "family":
+            make = FAMILIES[self.name].build
+        else:
+            make = MODELS[self.name] if self.kind == "catalogue" else _class_in(self.code, self.name)
+        module: nn.Module = _call(make, self.name, self.options)
+        return module
 
 
-def blueprint_of_name(name: str, inputs: Sequence[int], outputs: int, options: Mapping[str, Any]) -> Blueprint:
+def blueprint_of_name(name: str, sizes: Sizes, options: Mapping[str, Any]) -> Blueprint:
     """A catalogue model sized from the data."""
-    if name not in MODELS:
+    if name not in (*MODELS, *TEXT_MODELS):
         mend = (
-            did_you_mean(name, MODELS)
-            or f"the catalogue has {', '.join(MODELS)}; your own class is FILE.py:CLASS, an earlier run is run:NAME"
+            did_you_mean(name, (*MODELS, *TEXT_MODELS))
+            or f"the catalogue has {', '.join((*MODELS, *TEXT_MODELS))}; your own class is FILE.py:CLASS, an earlier run is run:NAME"
         )
         raise ModelError(f"no model is called '{name}'", mend=mend, key="model")
-    sized = {"inputs": list(inputs), "outputs": outputs}
-    return Blueprint("catalogue", name, {**{k: _listed(v) for k, v in options.items()}, **sized})
+    plain = {k: _listed(v) for k, v in options.items()}
+    recurrent = name in ("rnn", "lstm", "gru")
+    if name in TEXT_MODELS:
+        if sizes.vocabulary is None:
+            raise ModelError(f"{name} reads text, the data has inputs of shape {sizes.inputs}", mend="mlp takes any shape", key="model")
+        if sizes.per_token and name.startswith("encoder"):
+            raise ModelError(
+                f"{name} sees the tokens after each one too", mend="the next token is predicted by decoder or lstm", key="model"
+            )
+        config = _call(TEXT_MODELS[name], name, {"vocabulary": sizes.vocabulary, **plain}, dict)
+        return blueprint_of_config(config, {} if sizes.per_token else {"outputs": sizes.outputs})
+    if sizes.vocabulary is not None and not recurrent:
+        raise ModelError(
+            f"{name} takes numbers, the data is text", mend=f"{', '.join(TEXT_MODELS)}, rnn, lstm or gru read text", key="model"
+        )
+    asked: dict[str, Any] = {"outputs": sizes.outputs}
+    asked |= {"inputs": list(sizes.inputs)} if sizes.vocabulary is None else {"vocabulary": sizes.vocabulary}
+    asked |= {"per": "token"} if sizes.per_token else {}
+    return Blueprint("catalogue", name, {**plain, **asked})
+
+
+def blueprint_of_config(config: Mapping[str, Any], options: Mapping[str, Any]) -> Blueprint:
+    """A published model, by the model_type of its config.json."""
+    return Blueprint("family", str(config["model_type"]), {"config": dict(config), **options})
 
 
 def blueprint_of_file(path: Path, name: str, options: Mapping[str, Any]) -> Blueprint:
@@ -135,7 +204,7 @@ def _class_in(code: str, name: str) -> Callable[..., nn.Module]:
     return found
 
 
-def _call(make: Callable[..., nn.Module], name: str, options: Mapping[str, Any]) -> nn.Module:
+def _call(make: Callable[..., Any], name: str, options: Mapping[str, Any], gives: type = nn.Module) -> Any:
     try:
         accepted = inspect.signature(make).parameters
     except (TypeError, ValueError):
@@ -143,19 +212,19 @@ def _call(make: Callable[..., nn.Module], name: str, options: Mapping[str, Any])
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in accepted.values())
     unknown = [key for key in options if key not in accepted]
     if unknown and not open_ended:
-        known = [key for key in accepted if key not in ("inputs", "outputs")]
+        known = [key for key in accepted if key not in ("inputs", "outputs", "vocabulary", "per")]
         raise ModelError(
             f"{name} has no option '{unknown[0]}'",
             mend=did_you_mean(unknown[0], known) or f"its options: {', '.join(known) or 'none'}",
             key=f"model.{unknown[0]}",
         )
     try:
-        module = make(**options)
+        made = make(**options)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{name} cannot be built: {error}", key="model") from error
-    if not isinstance(module, nn.Module):
-        raise ModelError(f"{name} gives {type(module).__name__}, not a torch.nn.Module", key="model")
-    return module
+    if not isinstance(made, gives):
+        raise ModelError(f"{name} gives {type(made).__name__}, not a torch.nn.Module", key="model")
+    return made
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:

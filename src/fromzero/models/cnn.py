@@ -43,6 +43,10 @@ class CNN(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(depth, outputs)
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return (*(f"body.{i}" for i in range(len(self.body))), "head")
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, C, H, W) float.  returns: (B, K)"""
         features = self.body(x).mean(dim=(2, 3))  # (B, channels[-1])

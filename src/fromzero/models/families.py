@@ -15,6 +15,10 @@ Config = Mapping[str, Any]  # a config.json, read
 TensorMap = dict[str, tuple[tuple[str, ...], str, tuple[int, ...]]]  # ours → (theirs, how, sizes): see weights/translate.py
 
 
+def _as_it_is(config: Config, **options: Any) -> dict[str, Any]:
+    return dict(config)
+
+
 @dataclass(frozen=True)
 class Family:
     """How one published family becomes a module of ours.
@@ -23,9 +27,13 @@ class Family:
     names:    config, and the tensor names that a file has (empty: the canonical ones for writing) → the map of names
     ignored:  globs of published tensors that are no weights (buffers, tied copies)
     reads:    text | image
+    speaks:   whether its plain form predicts the next token
+    written:  config, and the options it was built with → the config.json to write beside such a model
     """
 
     build: Callable[..., nn.Module]
     names: Callable[[Config, Collection[str]], TensorMap]
     ignored: tuple[str, ...] = ()
     reads: str = "text"
+    speaks: bool = False
+    written: Callable[..., dict[str, Any]] = _as_it_is

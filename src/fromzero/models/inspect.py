@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from fromzero.errors import ModelError
+from fromzero.models.layers.attention import Attend
+from fromzero.models.stages import find_stages
 
 _RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 _COUPLING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -46,6 +48,9 @@ class ModelFacts:
     flat_dropout: tuple[str, ...]  # Dropout2d that got (B, D)
     random: bool  # the output in training depends on random draws
     coupled: tuple[str, ...]  # layers that mix the samples of a batch
+    attends: bool = False  # with our attention over documents, which has several paths
+    stages: tuple[str, ...] = ()  # submodules in the order they run; empty where they could not be found
+    no_stages: str = ""  # why
 
 
 def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, samples: int = 2, rows: int | None = None) -> ModelFacts:
@@ -65,6 +70,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
     layers = tuple(LayerFacts(n, type(modules[n]).__name__, own[n]) for n in executed)
     used = {p for layer in layers for p in layer.tensors}
     linears = tuple(n for n in executed if isinstance(modules[n], nn.Linear))
+    stages, reason = find_stages(model)
     random = _differs(twin, inputs)
     parameters = dict(model.named_parameters())
     return ModelFacts(
@@ -81,6 +87,9 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
         flat_dropout=tuple(dict.fromkeys(watch.flat_dropout)),
         random=random or any(isinstance(m, _RANDOM) and getattr(m, "p", 1) for m in modules.values()),
         coupled=tuple(n for n in executed if isinstance(modules[n], _COUPLING)),
+        attends=any(isinstance(m, Attend) for m in modules.values()),
+        stages=stages,
+        no_stages=reason,
     )
 
 

@@ -29,6 +29,10 @@ class MLP(nn.Module):
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(width, outputs)
 
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return (*(f"body.{i}" for i in range(len(self.body))), "head")
+
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, …) float, D values a sample.  returns: (B, K)"""
         hidden: Tensor = self.body(x.flatten(1))  # (B, D)

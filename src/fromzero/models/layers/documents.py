@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -55,7 +56,7 @@ def documents_of(tokens: Tensor, offsets: Tensor) -> Documents:
     raises: ShapeError where the offsets do not run from 0 to N, or a document is empty
     """
     bounds = offsets.tolist()
-    lengths = tuple(after - before for before, after in zip(bounds, bounds[1:], strict=False))
+    lengths = tuple(after - before for before, after in pairwise(bounds))
     if not bounds or bounds[0] != 0 or bounds[-1] != len(tokens) or min(lengths, default=1) < 1:
         raise ShapeError(
             f"offsets {bounds[:6]}{' …' if len(bounds) > 6 else ''} do not fit {len(tokens)} tokens",

@@ -1,0 +1,231 @@
+"""Decoder: tokens of documents end to end in, scores of each next token out; or K scores a document from its last token.
+
+One implementation for all families: a DecoderConfig says what a family is. Knows no published file and no name of one.
+Dims: B documents, N tokens end to end, D width, H query heads, G key/value heads, K head width, F hidden width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fromzero.errors import ModelError, ShapeError
+from fromzero.models.layers.attention import Attend
+from fromzero.models.layers.documents import Documents, documents_of
+from fromzero.models.layers.experts import Experts
+from fromzero.models.layers.feedforward import FeedForward
+from fromzero.models.layers.norm import RMSNorm
+from fromzero.models.layers.rotary import Rope, rotate, turns
+
+Turn = tuple[Tensor, Tensor]  # cosines and sines, (N, 1, R/2) each
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What may differ from layer to layer: window in tokens (None: the whole document), rope, experts or one feed-forward."""
+
+    window: int | None = None
+    rope: Rope | None = None
+    experts: bool = False
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What a decoder is, completely. Sizes in the letters of the module's legend."""
+
+    vocabulary: int  # V
+    width: int  # D
+    hidden: int  # F
+    heads: int  # H
+    kv_heads: int  # G, divides H
+    head_width: int  # K
+    context: int  # tokens; the longest document, where positions are learned
+    layers: tuple[Layer, ...]
+    norm: str = "rms"  # rms | layer
+    norm_place: str = "pre"  # pre: of a sublayer's input; post: of its output, before it is added (OLMo 2); both (Gemma 2)
+    norm_eps: float = 1e-6
+    norm_offset: float = 0.0  # added to the weight of RMS norms
+    qk_norm: str = "none"  # none | head: over K of each head | projection: over all H · K or G · K at once
+    learned_positions: bool = False
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    gated: bool = True
+    activation: str = "silu"
+    tied: bool = False  # the head is the token embedding
+    scaled_embedding: bool = False  # times √D
+    attention_scale: float | None = None  # 1/√K if None
+    attention_cap: float | None = None
+    logits_cap: float | None = None  # logits become cap · tanh(logit / cap)
+    experts: int = 0
+    experts_per_token: int = 0
+    experts_hidden: int = 0
+    experts_normalised: bool = True
+    dropout: float = 0.0  # of what each sublayer adds; attention weights are never dropped: the fused kernels are exact
+    embedding_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ModelError(
+                f"{self.kv_heads} key/value heads do not divide {self.heads} query heads", why="each is shared by as many query heads"
+            )
+
+    def norm_of(self, width: int) -> nn.Module:
+        if self.norm == "layer":
+            return nn.LayerNorm(width, eps=self.norm_eps)
+        return RMSNorm(width, self.norm_eps, offset=self.norm_offset)
+
+
+class Embedding(nn.Module):
+    """Tokens become vectors, plus those of their positions where positions are learned."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.tokens = _table(config.vocabulary, config.width)
+        self.positions = _table(config.context, config.width) if config.learned_positions else None
+        self.scale = math.sqrt(config.width) if config.scaled_embedding else None
+        self.dropout = nn.Dropout(config.embedding_dropout)
+
+    def forward(self, tokens: Tensor, documents: Documents) -> Tensor:
+        """tokens: (N,) int64.  returns: (N, D).  raises: ShapeError where a document is longer than the learned positions"""
+        x: Tensor = self.tokens(tokens)
+        if self.scale is not None:  # rounded to the type of the weights, as in Gemma's training
+            x = x * torch.full((), self.scale, dtype=x.dtype, device=x.device)
+        if self.positions is not None:
+            if documents.longest > self.positions.num_embeddings:
+                raise ShapeError(
+                    f"a document has {documents.longest} tokens, the model's learned positions end at {self.positions.num_embeddings}",
+                    mend="cut the documents, or take a family with rotary positions",
+                )
+            x = x + self.positions(documents.positions)
+        dropped: Tensor = self.dropout(x)
+        return dropped
+
+
+def _table(rows: int, width: int) -> nn.Embedding:
+    """Not drawn: Decoder._fill does it once."""
+    table: nn.Embedding = nn.Embedding.from_pretrained(torch.empty(rows, width), freeze=False)
+    return table
+
+
+class SelfAttention(nn.Module):
+    """Queries, keys and values by one product, normed and turned where the family does so, attended, and projected back to D."""
+
+    def __init__(self, config: DecoderConfig, layer: Layer) -> None:
+        super().__init__()
+        self.head_width, self.interleaved = config.head_width, layer.rope is not None and layer.rope.interleaved
+        self.sizes = [heads * config.head_width for heads in (config.heads, config.kv_heads, config.kv_heads)]
+        self.qkv = nn.Linear(config.width, sum(self.sizes), bias=config.qkv_bias)
+        normed = self.sizes[:2] if config.qk_norm == "projection" else [config.head_width] * 2
+        self.q_norm, self.k_norm = (nn.Identity() if config.qk_norm == "none" else config.norm_of(width) for width in normed)
+        self.normed = normed
+        reach = None if layer.window is None else layer.window - 1
+        self.attend = Attend(causal=True, reach=reach, scale=config.attention_scale, softcap=config.attention_cap)
+        self.out = nn.Linear(self.sizes[0], config.width, bias=config.out_bias)
+
+    def forward(self, x: Tensor, documents: Documents, turn: Turn | None) -> Tensor:
+        """x: (N, D).  returns: (N, D)"""
+        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        v = v.unflatten(-1, (-1, self.head_width))  # (N, G, K)
+        q = self.q_norm(q.unflatten(-1, (-1, self.normed[0]))).reshape(len(x), -1, self.head_width)  # (N, H, K)
+        k = self.k_norm(k.unflatten(-1, (-1, self.normed[1]))).reshape(len(x), -1, self.head_width)  # (N, G, K)
+        if turn is not None:
+            q, k = (rotate(t, *turn, interleaved=self.interleaved) for t in (q, k))
+        mixed = self.attend(q.to(v.dtype), k.to(v.dtype), v, documents)  # autocast norms and turns in float32
+        out: Tensor = self.out(mixed.flatten(1))
+        return out
+
+
+class Block(nn.Module):
+    """Attention, then the feed-forward or experts, each added to what came in; a norm that the family lacks is an identity."""
+
+    def __init__(self, config: DecoderConfig, layer: Layer) -> None:
+        super().__init__()
+        before, after = config.norm_place != "post", config.norm_place != "pre"
+        self.before_attention = config.norm_of(config.width) if before else nn.Identity()
+        self.attention = SelfAttention(config, layer)
+        self.after_attention = config.norm_of(config.width) if after else nn.Identity()
+        self.before_mlp = config.norm_of(config.width) if before else nn.Identity()
+        self.mlp: nn.Module
+        if layer.experts:
+            self.mlp = Experts(
+                config.width,
+                config.experts_hidden,
+                experts=config.experts,
+                per_token=config.experts_per_token,
+                normalised=config.experts_normalised,
+                activation=config.activation,
+            )
+        else:
+            self.mlp = FeedForward(config.width, config.hidden, activation=config.activation, gated=config.gated, bias=config.mlp_bias)
+        self.after_mlp = config.norm_of(config.width) if after else nn.Identity()
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, documents: Documents, turn: Turn | None) -> Tensor:
+        """x: (N, D).  returns: (N, D)"""
+        x = x + self.dropout(self.after_attention(self.attention(self.before_attention(x), documents, turn)))
+        added: Tensor = self.dropout(self.after_mlp(self.mlp(self.before_mlp(x))))
+        return x + added
+
+
+class Decoder(nn.Module):
+    """outputs: None for a language model; K for scores of a whole document, from the state of its last token.
+
+    A tied head has no parameters of its own and therefore no module: a copy of the name would be saved twice, and come apart
+    when a model is built on the meta device.
+    """
+
+    def __init__(self, config: DecoderConfig, outputs: int | None = None) -> None:
+        super().__init__()
+        self.config, self.outputs = config, outputs
+        self.embedding = Embedding(config)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
+        self.norm = config.norm_of(config.width)
+        self.head: nn.Linear | None = None
+        if outputs is not None:
+            self.head = nn.Linear(config.width, outputs, bias=False)
+        elif not config.tied:
+            self.head = nn.Linear(config.width, config.vocabulary, bias=config.head_bias)
+        self.ropes = tuple(dict.fromkeys(layer.rope for layer in config.layers if layer.rope is not None))
+        self._fill()
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """Submodules in the order they run; a tied head runs in none."""
+        blocks = (f"blocks.{i}" for i in range(len(self.blocks)))
+        return ("embedding", *blocks, "norm", *(["head"] if self.head is not None else []))
+
+    def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        """tokens: (N,) int64.  offsets: (B + 1,) int64.  returns: (N, V), or (B, K) with outputs"""
+        documents = documents_of(tokens, offsets)
+        x = self.embedding(tokens, documents)
+        turned = {rope: turns(rope, documents, dtype=x.dtype) for rope in self.ropes}
+        for block, layer in zip(self.blocks, self.config.layers, strict=True):
+            x = block(x, documents, turned[layer.rope] if layer.rope is not None else None)
+        if self.outputs is not None and self.head is not None:
+            scores: Tensor = self.head(self.norm(x[documents.last]))  # (B, K)
+            return scores
+        x = self.norm(x)
+        logits: Tensor = F.linear(x, self.embedding.tokens.weight) if self.head is None else self.head(x)  # (N, V)
+        cap = self.config.logits_cap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        """Normal 0.02, what is added to the residual stream divided by √(2 L), biases 0; norms begin as they were made.
+
+        source: GPT-2 report section 2.3, and its code for the 0.02
+        """
+        for name, parameter in self.named_parameters():
+            if parameter.is_meta:  # where only names and sizes are asked for, the first draw makes torch import for seconds
+                continue
+            added = ".out." in name or ".down" in name
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif parameter.dim() > 1:
+                parameter.normal_(std=0.02 / math.sqrt(2 * len(self.blocks)) if added else 0.02)
