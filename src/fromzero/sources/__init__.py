@@ -2,6 +2,7 @@
 
 from fromzero.sources.archives import check_zip, read_member
 from fromzero.sources.cache import cache_folder, digest_of
+from fromzero.sources.hub import fetch_hub
 from fromzero.sources.pypi import PypiSource, fetch
 
-__all__ = ["PypiSource", "cache_folder", "check_zip", "digest_of", "fetch", "read_member"]
+__all__ = ["PypiSource", "cache_folder", "check_zip", "digest_of", "fetch", "fetch_hub", "read_member"]

@@ -14,8 +14,8 @@ MOST_RATIO = 200  # unpacked to packed; text rarely passes 20, a bomb has 1,000 
 RATIO_COUNTS_FROM = 2**20  # bytes: small members may shrink as they like
 
 
-def check_zip(path: Path) -> dict[str, zipfile.ZipInfo]:
-    """The members of a zip by name, after every entry was looked at.
+def check_zip(path: Path, most_bytes: int | None = None) -> dict[str, zipfile.ZipInfo]:
+    """The members of a zip by name, after every entry was looked at; unpacked it has MOST_BYTES, or what is given.
 
     raises: SourceError naming the entry that leads outside, is a link or device, stands twice or is a bomb
     """
@@ -27,12 +27,12 @@ def check_zip(path: Path) -> dict[str, zipfile.ZipInfo]:
     if len(entries) > MOST_MEMBERS:
         raise SourceError(f"holds {len(entries)} files, more than {MOST_MEMBERS}", file=str(path))
     members: dict[str, zipfile.ZipInfo] = {}
-    total = 0
+    total, most_bytes = 0, most_bytes or MOST_BYTES
     for entry in entries:
         wrong = _wrong_with(entry, members)
         total += entry.file_size
-        if not wrong and total > MOST_BYTES:
-            wrong = f"brings the archive over {MOST_BYTES // 2**30} GiB unpacked"
+        if not wrong and total > most_bytes:
+            wrong = f"brings the archive over {most_bytes // 2**30} GiB unpacked"
         if wrong:
             raise SourceError(f"its entry {entry.filename!r} {wrong}", why="the archive is not to be trusted", file=str(path))
         members[entry.filename] = entry

@@ -1,5 +1,21 @@
-"""Weights: files of named tensors in and out."""
+"""Weights: where they come from, and the formats they come in and go out."""
 
-from fromzero.weights.tensors import check_fit, read_tensors, write_tensors
+from fromzero.weights.folder import write_folder
+from fromzero.weights.pretrained import SHORT_NAMES, Pretrained, foreign_code, locate, open_pretrained
+from fromzero.weights.tensors import Tensors, check_fit, read_tensors, write_tensors
+from fromzero.weights.translate import to_ours, to_theirs
 
-__all__ = ["check_fit", "read_tensors", "write_tensors"]
+__all__ = [
+    "SHORT_NAMES",
+    "Pretrained",
+    "Tensors",
+    "check_fit",
+    "foreign_code",
+    "locate",
+    "open_pretrained",
+    "read_tensors",
+    "to_ours",
+    "to_theirs",
+    "write_folder",
+    "write_tensors",
+]

@@ -16,7 +16,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from fromzero.errors import SourceError, nearest
+from fromzero.errors import SourceError
+from fromzero.weights.tensors import refuse_misfit
 
 TensorMap = Mapping[str, tuple[tuple[str, ...], str, tuple[int, ...]]]  # ours → (theirs, how, sizes)
 
@@ -30,12 +31,7 @@ def to_ours(tensors: Mapping[str, Tensor], names: TensorMap, *, file: str, ignor
     missing = [name for name in wanted if name not in tensors]
     used = set(wanted)
     extra = [n for n in tensors if n not in used and not any(fnmatch.fnmatchcase(n, glob) for glob in ignored)]
-    if missing or extra:
-        said = [f"missing {_some(missing)}"] * bool(missing) + [f"extra {_some(extra)}"] * bool(extra)
-        close = [f"{n} ~ {c[0]}" for n in missing[:3] if (c := nearest(n, extra))]
-        raise SourceError(
-            f"its tensors do not fit the model: {'; '.join(said)}", mend=f"near: {', '.join(close)}" if close else "", file=file
-        )
+    refuse_misfit(missing, extra, file=file)
     return {ours: _join([tensors[name] for name in theirs], how, sizes, ours, file) for ours, (theirs, how, sizes) in names.items()}
 
 
@@ -68,7 +64,3 @@ def _part(tensor: Tensor, how: str, sizes: Sequence[int]) -> Sequence[Tensor]:
     if how == "stack":
         return [part.contiguous() for part in tensor.unbind(0)]
     return [part.contiguous() for part in tensor.split(list(sizes))]
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
