@@ -166,7 +166,10 @@ def test_labels_that_are_no_index_are_named(bad, said):
 
 
 def test_a_label_that_only_validation_has_is_named():
-    refused(Request((X, Y), validation=(X, np.where(Y == 2, 9, Y))), "example 2: label '9' is none of the 3 classes in training")
+    refused(
+        Request((X, Y), validation=(X, np.where(Y == 2, 9, Y)), keep_shared=True),
+        "example 2: label '9' is none of the 3 classes in training",
+    )
 
 
 def test_an_answer_that_is_nan_is_left_out_and_noted():
@@ -243,7 +246,7 @@ def test_the_digest_knows_content_and_order():
     assert base not in {
         load(Request((X[swapped], Y[swapped]))).facts.digest,
         load(Request((changed, Y))).facts.digest,
-        load(Request((X, Y), validation=(X, Y))).facts.digest,
+        load(Request((X, Y), validation=(X, Y), keep_shared=True)).facts.digest,
     }
 
 
@@ -254,15 +257,17 @@ def test_repeats_and_contradictions_are_counted_and_stay_on_one_side():
 
 
 def test_a_validation_set_of_its_own_is_read_whole_and_every_shared_row_is_counted():
-    facts = load(Request((X, Y), validation=(np.concatenate([X[:7], X[:7], X[7:9] + 9]), np.concatenate([Y[:7], Y[:7], Y[7:9]])))).facts
-    assert (facts.train, facts.validation, facts.shared) == (60, 16, 14)
+    held = (np.concatenate([X[:7], X[:7], X[7:9] + 9]), np.concatenate([Y[:7], Y[:7], Y[7:9]]))
+    for keep, left in ((True, 16), (False, 2)):
+        facts = load(Request((X, Y), validation=held, keep_shared=keep)).facts
+        assert (facts.train, facts.validation, facts.shared) == (60, left, 14)
 
 
 def test_a_validation_file_is_read_with_the_columns_of_training(tmp_path):
     train, held = tmp_path / "train.csv", tmp_path / "held.jsonl"
     train.write_text("x,z,y\n" + "".join(f"{i * i},{i % 5},{'ab'[i % 2]}\n" for i in range(20)))
     held.write_text(json.dumps({"y": "b", "z": "1", "x": "1"}) + "\n")  # alone, every column looks constant
-    loaded = load(Request(train, validation=held))
+    loaded = load(Request(train, validation=held, keep_shared=True))
     assert (loaded.facts.validation, loaded.facts.shared) == (1, 1)
     assert torch.equal(everything(loaded.validation)[0][0], everything(loaded.train)[0][1])
 

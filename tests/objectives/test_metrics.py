@@ -167,5 +167,19 @@ def test_an_unknown_metric_names_the_nearest():
 
 
 def test_metrics_of_two_kinds_are_refused():
-    with pytest.raises(RecipeError, match="metrics accuracy, r2 are of two kinds"):
+    with pytest.raises(RecipeError, match="metrics accuracy, r2 are of 2 kinds"):
         Metrics(["accuracy", "r2"], outputs=2, binary=False)
+
+
+def test_perplexity_and_token_accuracy_equal_the_formula_over_uneven_batches():
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(50, 7, generator=generator), torch.randint(7, (50,), generator=generator)
+    metrics = Metrics(["perplexity", "token_accuracy"], outputs=7, binary=False)
+    for part in (slice(0, 3), slice(3, 40), slice(40, 50)):
+        metrics.update(logits[part], targets[part])
+    nats = -(logits.double().log_softmax(1)[torch.arange(50), targets]).mean()
+    found = metrics.compute()
+    assert found["perplexity"] == pytest.approx(float(nats.exp()), rel=1e-6)
+    assert found["token_accuracy"] == pytest.approx(float((logits.argmax(1) == targets).double().mean()))
+    with pytest.raises(ShapeError):
+        metrics.update(logits, targets[:-1])

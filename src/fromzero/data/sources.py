@@ -13,10 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fromzero.data.columns import ColumnFacts, Columns, fit_columns, gap, inspect_column, usable
+from fromzero.data.columns import ColumnFacts, Columns, fit_columns, gap, usable
 from fromzero.data.examples import Examples, ItemExamples, TensorExamples
 from fromzero.data.images import GREY_MODES, ImageFormat, ImageTree, image_header, printable, read_image
 from fromzero.data.table import Table
+from fromzero.data.text import TextFormat
 from fromzero.errors import DataError, Fault, did_you_mean
 
 MOST_IN_MEMORY = 2 * 2**30  # bytes of decoded images; more are decoded each time they are used
@@ -30,7 +31,7 @@ class ArrayFormat:
     divisor: float | None = None
 
 
-InputFormat = Columns | ImageFormat | ArrayFormat
+InputFormat = Columns | ImageFormat | ArrayFormat | TextFormat
 
 
 class RowSource(Protocol):
@@ -97,13 +98,14 @@ class TableRows:
         return TensorExamples(form.apply(self.table.take(rows)), targets)
 
 
-def table_rows(table: Table, *, target: str | None, inputs: Sequence[str] | None, policies: dict[str, str]) -> TableRows:
+def table_rows(
+    table: Table, *, target: str, inputs: Sequence[str] | None, policies: dict[str, str], facts: tuple[ColumnFacts, ...]
+) -> TableRows:
     """Choose a table's target and input columns, saying why others are set aside.
 
     raises: DataError for columns that are not there, or when none is left
     """
     names = list(table.columns)
-    target = target or guess_target(names)
     asked = [("data.target", target)] + [("data.input", n) for n in inputs or ()] + [("data.missing", n) for n in policies]
     faults = [
         Fault(
@@ -121,7 +123,6 @@ def table_rows(table: Table, *, target: str | None, inputs: Sequence[str] | None
         )
     if faults:
         raise DataError(faults)
-    facts = tuple(inspect_column(name, table.columns[name]) for name in names)
     set_aside: dict[str, str] = {}
     chosen = list(inputs or ())
     for seen in facts if inputs is None else ():
@@ -133,6 +134,7 @@ def table_rows(table: Table, *, target: str | None, inputs: Sequence[str] | None
             reasons = {
                 "id": "looks like an identifier: (almost) every row has its own value",
                 "constant": "has one value in every row",
+                "text": "holds text; a text model reads one such column, named in data.input",
                 "empty": "is empty in every row",
             }
             set_aside[seen.name] = reasons[seen.kind]
@@ -386,7 +388,8 @@ class ItemRows:
 
 def refuse_other_kind(source: RowSource, form: InputFormat) -> None:
     """raises: DataError if such rows can never become inputs of this format"""
-    kind, wanted = {"table": ("a table", Columns), "images": ("images", ImageFormat)}.get(source.kind, ("arrays", ArrayFormat))
+    kinds: dict[str, tuple[str, type]] = {"table": ("a table", Columns), "images": ("images", ImageFormat), "text": ("text", TextFormat)}
+    kind, wanted = kinds.get(source.kind, ("arrays", ArrayFormat))
     if not isinstance(form, wanted):
-        trained = {Columns: "a table", ImageFormat: "images", ArrayFormat: "arrays"}[type(form)]
+        trained = {Columns: "a table", ImageFormat: "images", ArrayFormat: "arrays", TextFormat: "text"}[type(form)]
         raise DataError(f"holds {kind}, the model was trained on {trained}", mend="give data of that kind", file=source.name)

@@ -98,7 +98,8 @@ def _cell(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a UTF-8 file.  raises: DataError with line and byte of what is none, and the likely encoding"""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -133,7 +134,7 @@ def _likely_encoding(data: bytes) -> str:
 
 
 def _read_separated(path: Path, separator: str) -> Table:
-    text = _text(path)
+    text = read_text(path)
     csv.field_size_limit(16 * 2**20)  # a long text is no fault; the default stops at 128 KiB
     records = list(_records(path, text, separator))
     if not records:
@@ -211,7 +212,7 @@ def _raise(faults: list[Fault]) -> None:
 
 
 def _read_json_lines(path: Path) -> Table:
-    text = _text(path)
+    text = read_text(path)
     if text.lstrip().startswith("[") and not text.lstrip().startswith("[["):
         raise DataError("is a JSON array, not one object a line", file=str(path), line=1, mend="name it .json")
     rows: list[tuple[int, Any]] = []
@@ -224,7 +225,7 @@ def _read_json_lines(path: Path) -> Table:
 
 def _read_json(path: Path) -> Table:
     faults: list[Fault] = []
-    value = _parse_json(_text(path), path, 1, faults)
+    value = _parse_json(read_text(path), path, 1, faults)
     _raise(faults)
     if isinstance(value, dict) and value and all(isinstance(cells, list) for cells in value.values()):
         return table_of(value, name=str(path))

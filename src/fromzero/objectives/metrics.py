@@ -20,6 +20,8 @@ from fromzero.errors import RecipeError, ShapeError, did_you_mean
 
 CLASSIFY = ("accuracy", "macro_f1")
 REGRESS = ("r2", "rmse", "mae")
+TOKENS = ("perplexity", "token_accuracy")
+_KINDS = {"classes": CLASSIFY, "numbers": REGRESS, "tokens": TOKENS}
 
 
 class Metrics:
@@ -31,6 +33,7 @@ class Metrics:
     r2        1 - squared error / variance, mean over the K outputs; nan below 2 samples; for a constant target
               0, or 1 where it is hit exactly (scikit-learn's convention)
     rmse, mae over all elements, in the units of what is given
+    perplexity, token_accuracy  e to the mean nats of the next token, and the share of tokens named right
 
     outputs:  C, or K
     binary:   the loss is bce: outputs are K logits, each for one yes or no
@@ -40,8 +43,11 @@ class Metrics:
     def __init__(self, names: Sequence[str], *, outputs: int, binary: bool) -> None:
         self.names = tuple(names)
         _require_one_kind(self.names)
-        numbers = any(name in REGRESS for name in self.names)
-        self._sums: _Hits | _Errors = _Errors(outputs) if numbers else _Hits(outputs, binary)
+        self._sums: _Hits | _Errors | _Tokens
+        if any(name in TOKENS for name in self.names):
+            self._sums = _Tokens()
+        else:
+            self._sums = _Errors(outputs) if any(name in REGRESS for name in self.names) else _Hits(outputs, binary)
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Take in one batch of any size.
@@ -167,6 +173,31 @@ class _Errors(torchmetrics.Metric):
         }
 
 
+class _Tokens(torchmetrics.Metric):
+    """Nats and hits of every predicted token."""
+
+    nats: Tensor
+    right: Tensor
+    total: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("right", "total"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        if outputs.ndim != 2 or targets.shape != outputs.shape[:1]:
+            raise _misfit(outputs, targets, "(N, V) logits and one token for each of the N")
+        logits = outputs if outputs.dtype == torch.float64 else outputs.float()
+        self.nats += torch.nn.functional.cross_entropy(logits, targets, reduction="sum").double()
+        self.right += (outputs.argmax(1) == targets).sum()
+        self.total += len(targets)
+
+    def compute(self) -> dict[str, Tensor]:
+        return {"perplexity": (self.nats / self.total).exp(), "token_accuracy": self.right.double() / self.total}
+
+
 def _columns(outputs: Tensor, targets: Tensor, width: int) -> tuple[Tensor, Tensor]:
     """Both as (B, K), or a ShapeError."""
     pair = [values[:, None] if values.ndim == 1 else values for values in (outputs, targets)]
@@ -184,18 +215,17 @@ def _misfit(outputs: Tensor, targets: Tensor, expected: str) -> ShapeError:
 
 
 def _require_one_kind(names: tuple[str, ...]) -> None:
+    known = [name for kind in _KINDS.values() for name in kind]
     for name in names:
-        if name not in CLASSIFY + REGRESS:
+        if name not in known:
             raise RecipeError(
-                f"there is no metric '{name}'",
-                why=did_you_mean(name, CLASSIFY + REGRESS),
-                mend="known are " + ", ".join(CLASSIFY + REGRESS),
-                key="metrics",
+                f"there is no metric '{name}'", why=did_you_mean(name, known), mend="known are " + ", ".join(known), key="metrics"
             )
-    if any(name in CLASSIFY for name in names) and any(name in REGRESS for name in names):
+    used = [kind for kind, members in _KINDS.items() if any(name in members for name in names)]
+    if len(used) > 1:
         raise RecipeError(
-            f"metrics {', '.join(names)} are of two kinds",
-            why="some compare classes and some numbers",
-            mend=f"keep those of {', '.join(CLASSIFY)}, or those of {', '.join(REGRESS)}",
+            f"metrics {', '.join(names)} are of {len(used)} kinds",
+            why=f"they compare {', '.join(used)}",
+            mend="keep those of " + ", or those of ".join(", ".join(_KINDS[kind]) for kind in used),
             key="metrics",
         )

@@ -1,0 +1,87 @@
+"""Tokens: text in, token ids out, and back; by a tokenizer.json, which travels with the model. Knows no model.
+
+A tokenizer comes with a pretrained model, from a file, or is made here from the training texts: one token a character,
+or byte-level BPE.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from fromzero.errors import DataError
+
+UNKNOWN = "<unk>"
+END = "<|endoftext|>"
+
+
+@lru_cache(maxsize=8)
+def _read(text: str) -> Tokenizer:
+    try:
+        tokenizer = Tokenizer.from_str(text)
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"is no tokenizer.json ({str(error)[:120]})", key="data.tokenizer") from None
+    tokenizer.no_padding()  # published files pad and cut to lengths of their own; neither is wanted unasked
+    tokenizer.no_truncation()
+    return tokenizer
+
+
+def encode(tokenizer: str, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    """Token ids of each text.  special: with the tokens that the tokenizer puts around a text, such as [CLS] and [SEP]"""
+    encoded = _read(tokenizer).encode_batch_fast(list(texts), add_special_tokens=special)
+    return [one.ids for one in encoded]
+
+
+def frame(tokenizer: str) -> tuple[list[int], list[int]]:
+    """The ids that stand before and after every text."""
+    plain, framed = (encode(tokenizer, ["a"], special=special)[0] for special in (False, True))
+    start = next((i for i in range(len(framed)) if framed[i : i + len(plain)] == plain), 0)
+    return framed[:start], framed[start + len(plain) :]
+
+
+def decode(tokenizer: str, ids: Sequence[int]) -> str:
+    """The text of some ids, special tokens included."""
+    return str(_read(tokenizer).decode(list(ids), skip_special_tokens=False))
+
+
+def pieces(tokenizer: str, ids: Sequence[int]) -> list[str]:
+    """The text of each token by itself."""
+    return [decode(tokenizer, [token]) for token in ids]
+
+
+def vocabulary_size(tokenizer: str) -> int:
+    """One more than the largest id, which is what an embedding needs."""
+    return max(_read(tokenizer).get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def unknown_id(tokenizer: str) -> int | None:
+    """The id that stands for what the tokenizer has no token for; None if everything has one."""
+    name = json.loads(tokenizer)["model"].get("unk_token")
+    return None if name is None else _read(tokenizer).token_to_id(name)
+
+
+def characters(texts: Sequence[str]) -> str:
+    """A tokenizer with one token for each character of some texts, and one for any other."""
+    seen = sorted(set().union(*map(set, texts)))
+    vocabulary = {UNKNOWN: 0, **{character: i + 1 for i, character in enumerate(seen)}}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=UNKNOWN))
+    tokenizer.decoder = decoders.Fuse()
+    return str(tokenizer.to_str())
+
+
+def byte_pairs(texts: Sequence[str], vocabulary: int) -> str:
+    """Byte-level BPE learned from some texts: no text is unknown to it.
+
+    source: arXiv:1508.07909; over bytes as in the GPT-2 report, section 2.2
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return str(tokenizer.to_str())
