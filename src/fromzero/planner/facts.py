@@ -9,13 +9,17 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fromzero.data import ImageFormat, Loaded, Request, load
+from fromzero.data import ImageFormat, Loaded, Request, TextAsked, TextExamples, load, load_corpus
+from fromzero.data.opening import find_path
+from fromzero.data.table import read_text
 from fromzero.devices import look_at_machine
+from fromzero.errors import ModelError
 from fromzero.models import inspect_model
 from fromzero.planner.values import Facts
 from fromzero.recipe.schema import Given, ImageInput, Recipe
 from fromzero.tuning import Frozen, find_frozen, new_head
 
+PIECE = 256  # tokens of a piece of a corpus, where neither the recipe nor the model says
 BuildModel = Callable[[Recipe, Loaded], nn.Module]  # the model as the recipe's source gives it, before head and freeze
 
 
@@ -25,16 +29,27 @@ class Look:
     loaded: Loaded
 
 
-def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel) -> Look:
+@dataclass(frozen=True)
+class Reader:
+    """What the model's source says of text: its tokenizer.json, how many positions it has, whether it reads tokens at all."""
+
+    tokenizer: str | None = None
+    context: int | None = None
+    reads_text: bool | None = None
+
+
+def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: Reader) -> Look:
     """Read the data, build the model once and run two samples through it.
 
     folders: where relative paths are looked for, in this order
     """
     machine = look_at_machine(recipe.limits.device)
-    loaded = load(request(recipe, folders))
-    inputs, targets = loaded.train.take(torch.tensor([0, min(1, len(loaded.train) - 1)]))
+    asked = request(recipe, folders, reader)
+    loaded = load_corpus(asked) if recipe.task == "language" else load(asked)
+    inputs, targets = loaded.train.take(_two(loaded))
     model = build(recipe, loaded)
     name = str(recipe.model.source)
+    _refuse_unknown_tokens(model, loaded, name)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     two = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
     seen = inspect_model(model, two, name, rows=len(targets))
@@ -51,7 +66,42 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel) -> Look:
     return Look(Facts(machine, loaded.facts, seen, still), loaded)
 
 
-def request(recipe: Recipe, folders: tuple[Path, ...]) -> Request:
+def _two(loaded: Loaded) -> torch.Tensor:
+    """Two examples; of text the longest ones, so that memory is not guessed too low."""
+    if isinstance(loaded.train, TextExamples):
+        return loaded.train.lengths.argsort(descending=True)[:2]
+    return torch.tensor([0, min(1, len(loaded.train) - 1)])
+
+
+def _refuse_unknown_tokens(model: nn.Module, loaded: Loaded, name: str) -> None:
+    """A token id past the embedding would end in `index out of range` deep inside."""
+    rows = next((m.num_embeddings for m in model.modules() if isinstance(m, nn.Embedding)), None)
+    text = loaded.facts.text
+    if text is not None and rows is not None and text.vocabulary > rows:
+        width = next(m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding))
+        more = text.vocabulary - rows
+        raise ModelError(
+            f"the tokenizer has {text.vocabulary} tokens, the embedding of {name} only {rows}",
+            why="it is the tokenizer of another model, or tokens were added to it",
+            mend=f"use the model's own (data.tokenizer: auto); {more} more rows would be {more * width:,} untrained values",
+            key="data.tokenizer",
+        )
+
+
+def _text(recipe: Recipe, folders: tuple[Path, ...], reader: Reader) -> TextAsked:
+    data = recipe.data
+    tokenizer = data.tokenizer
+    if tokenizer == "auto":
+        tokenizer = reader.tokenizer or "bpe"
+    elif tokenizer not in ("characters", "bpe"):
+        tokenizer = read_text(find_path(tokenizer, folders))
+    options = recipe.model.options
+    context = reader.context or (options["context"] if isinstance(options.get("context"), int) else None)
+    pieces = context or PIECE if recipe.task == "language" else None
+    return TextAsked(tokenizer, data.vocabulary, data.max_tokens or pieces)
+
+
+def request(recipe: Recipe, folders: tuple[Path, ...], reader: Reader) -> Request:
     """A recipe's data section as the data room wants it."""
     data = recipe.data
     limit = data.limit
@@ -71,6 +121,9 @@ def request(recipe: Recipe, folders: tuple[Path, ...]) -> Request:
         scale_target=data.scale_target == "standard",
         skip_broken=data.skip_broken,
         answers=kinds.get(recipe.loss_name, "number"),
+        text=_text(recipe, folders, reader),
+        reads_text=reader.reads_text,
+        keep_shared=data.shared == "keep",
         seed=recipe.seed,
         folders=folders,
     )

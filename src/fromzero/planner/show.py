@@ -16,12 +16,13 @@ def show(plan: Plan) -> str:
     recipe, facts = plan.recipe, plan.facts
     data, chosen = facts.data, {c.name: c for c in plan.choices}
     lines = [f"plan for {recipe.name or 'run'}: {recipe.task} with {facts.model.name}"]
-    shape = "×".join(map(str, data.input_shape))
+    shape = "text" if data.text is not None else "×".join(map(str, data.input_shape))
     lines += _node(
         "read",
         f"{data.source}: {format_count(data.train)} to learn from, {format_count(data.validation)} to measure on; inputs {shape}",
         _held(plan),
     )
+    lines += _text(plan)
     if data.columns:
         lines += [part for name, what in data.columns.items() for part in _wrapped(f"{name}: {what}", "│    ")]
     if data.classes is not None:
@@ -33,6 +34,7 @@ def show(plan: Plan) -> str:
         f"{format_count(model.parameters)} parameters, of which {format_count(plan.trainable_parameters)} train",
         f"{format_bytes(model.activation_bytes)} kept per sample for the backward pass",
     )
+    lines += _node("stages", *_stages(plan))
     lines += _node("loss", recipe.loss_name, "the recipe's" if recipe.loss else f"usual for {recipe.task}")
     spec = recipe.optimizer
     lines += _node(
@@ -43,9 +45,9 @@ def show(plan: Plan) -> str:
         f"{format_count(plan.batch)} samples a step",
         "gradient descent: the whole training set" if recipe.batch == "all" else "the recipe's",
     )
-    for name in ("micro_batch", "device", "threads", "allocator", "precision"):
-        choice = chosen[name]
-        lines += _node(name, str(choice.value), choice.reason + (f"; {choice.price}" if choice.price else ""))
+    for name in ("micro_batch", "device", "threads", "allocator", "precision", "attention"):
+        choice = chosen.get(name)
+        lines += [] if choice is None else _node(name, str(choice.value), choice.reason + (f"; {choice.price}" if choice.price else ""))
     lines += _node(
         "length", f"{format_count(plan.steps)} steps = {plan.epochs:.4g} epochs of {format_count(plan.steps_per_epoch)}", _ending(plan)
     )
@@ -68,6 +70,26 @@ def show(plan: Plan) -> str:
     return "\n".join(lines)
 
 
+def _stages(plan: Plan) -> tuple[str, str]:
+    """Where the model can be cut: what `freeze: {through: …}` may name."""
+    names = plan.facts.model.stages
+    if not names:
+        return "not found", plan.facts.model.no_stages
+    few = names if len(names) <= 6 else (*names[:3], "…", *names[-2:])
+    return f"{len(names)} in a row", ", ".join(few)
+
+
+def _text(plan: Plan) -> list[str]:
+    data, seen = plan.recipe.data, plan.facts.data.text
+    if seen is None:
+        return []
+    return _node(
+        "tokens",
+        f"{format_count(seen.tokens)} in train, {format_count(seen.vocabulary)} different ones; the longest example has {format_count(seen.longest)}",
+        "the model's own tokenizer" if data.tokenizer == "auto" else f"data.tokenizer: {data.tokenizer}",
+    )
+
+
 def _node(name: str, value: str, reason: str) -> list[str]:
     return _wrapped(f"{name}: {value}  ({reason})" if reason else f"{name}: {value}", "├─ ", hang_with="│    ")
 
@@ -80,6 +102,8 @@ def _wrapped(text: str, first: str, *, hang: int = 0, hang_with: str = "") -> li
 def _held(plan: Plan) -> str:
     if plan.recipe.data.validation is not None:
         return "validation from its own source"
+    if plan.recipe.task == "language":
+        return f"hold_out {plan.recipe.data.hold_out:g}: the end of one text, or some of several by distinct content"
     return f"hold_out {plan.recipe.data.hold_out:g}, stratified, by distinct content, seed {plan.recipe.seed}"
 
 

@@ -28,6 +28,7 @@ class Measured:
     silent: tuple[str, ...]
     peak_bytes: int
     batch: int
+    attention_error: float | None = None  # of the fast path against the plain one, relative to the largest gradient
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Plan:
     threads: int
     keep_memory: bool  # freed memory stays with the process
     precision: str
+    attention: str  # the path that attention over documents takes; "" where there is none
     batch: int
     micro_batch: int
     steps_per_epoch: int

@@ -12,7 +12,14 @@ from fromzero.recipe.schema import Recipe
 
 def findings(recipe: Recipe, facts: Facts) -> tuple[Finding, ...]:
     """Every finding, errors first."""
-    found = [*_labels(recipe, facts), *_rows(recipe, facts), *_inputs(facts), *_model(recipe, facts), *_measured(recipe, facts)]
+    found = [
+        *_labels(recipe, facts),
+        *_rows(recipe, facts),
+        *_text(facts),
+        *_inputs(facts),
+        *_model(recipe, facts),
+        *_measured(recipe, facts),
+    ]
     rank = {"error": 0, "warning": 1, "note": 2}
     return tuple(sorted(found, key=lambda finding: rank[finding.severity]))
 
@@ -20,7 +27,8 @@ def findings(recipe: Recipe, facts: Facts) -> tuple[Finding, ...]:
 def _labels(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     data, width = facts.data, facts.model.output_shape[-1] if facts.model.output_shape else 1
     if recipe.task == "regress" or data.classes is None:
-        if width != data.outputs and facts.model.output_shape:
+        spare = recipe.task == "language" and width > data.outputs  # an embedding may be wider than its tokenizer
+        if width != data.outputs and facts.model.output_shape and not spare:
             yield Finding(
                 "error",
                 "outputs",
@@ -83,12 +91,15 @@ def _rows(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     if data.repeats:
         yield Finding("note", "repeats", f"{data.repeats} rows repeat an earlier one", "repeats fall on the same side of the split")
     if data.shared:
+        kept = recipe.data.shared == "keep" or recipe.task == "language"
         yield Finding(
             "warning",
             "leak",
             f"{data.shared} validation examples stand in the training data too",
-            "the validation figure flatters",
-            "remove them from one side",
+            "data.shared: keep, so the validation figure flatters"
+            if kept
+            else "they are left out of the validation, which they would flatter",
+            "remove them from one side" if kept else "data.shared: keep would measure on them all the same",
         )
     if data.conflicting:
         yield Finding(
@@ -120,6 +131,28 @@ def _rows(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
             f"the answers spread by {max(data.target_std):.4g} around {data.target_mean[0]:.4g}",
             "steps of the learning rate are small against that",
             "set data.scale_target: standard",
+        )
+
+
+def _text(facts: Facts) -> Iterator[Finding]:
+    text = facts.data.text
+    if text is None:
+        return
+    if text.cut:
+        yield Finding(
+            "warning",
+            "text-cut",
+            f"{text.cut} of {facts.data.train} training texts are longer than data.max_tokens and lose their end",
+            "the model never sees it",
+            f"the longest text has its end cut at {text.longest} tokens; raise data.max_tokens",
+        )
+    if text.unknown > 0.01 * text.tokens:
+        yield Finding(
+            "warning",
+            "unknown-tokens",
+            f"{text.unknown / text.tokens:.0%} of the tokens are unknown to the tokenizer",
+            "what they said is lost; it was made for other text",
+            "take a model made for this language, or data.tokenizer: bpe with a model from zero",
         )
 
 

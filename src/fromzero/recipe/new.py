@@ -34,6 +34,8 @@ class Description(Protocol):
     def same_size(self) -> bool: ...
     @property
     def why(self) -> dict[str, str]: ...
+    @property
+    def latin(self) -> bool: ...
 
 
 STEPS_WANTED = 600  # enough for a small table; a large one sees each row fewer times
@@ -43,8 +45,11 @@ def first_recipe(seen: Description, *, model: str | None = None) -> str:
     """The recipe as YAML that can be trained as it stands."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(seen.source).stem).strip("-.") or "first"
     batch = 32 if seen.rows < 2000 else 64
+    if seen.kind == "corpus":
+        return _language(seen, name, model)
     images = seen.image is not None
     epochs = 10 if images else max(5, min(100, round(STEPS_WANTED * batch / max(seen.rows, 1))))
+    chosen, because = _model(seen)
     lines = [
         f"# A first recipe for {seen.source}: {seen.rows} rows.",
         "# Look at it with `fromzero plan`, then `fromzero train`.",
@@ -52,9 +57,10 @@ def first_recipe(seen: Description, *, model: str | None = None) -> str:
         *_line("task", seen.task, seen.why.get("task", "as asked")),
         *_line(
             "model",
-            model or ("cnn" if images else "mlp"),
-            "as asked" if model else "small convolutions, for images" if images else "two hidden layers of 64, enough for most tables",
+            model or chosen,
+            "as asked" if model else because,
         ),
+        *(["head: new  # the model brings none for these answers", "freeze: body"] if (model or chosen) == "minilm-l6" else []),
         "data:",
         *_line("  train", _quoted(seen.source), ""),
     ]
@@ -65,7 +71,11 @@ def first_recipe(seen: Description, *, model: str | None = None) -> str:
     if seen.target is not None:
         lines += _comment(seen.why.get("data.target", ""))
         lines += _line("  target", _quoted(seen.target), "")
-        lines += ["  # every other column that can be used", "  input:", *(f"  - {_quoted(name)}" for name in seen.inputs)]
+        lines += [
+            "  # every other column that can be used" if seen.kind == "table" else "  # the column of text",
+            "  input:",
+            *(f"  - {_quoted(name)}" for name in seen.inputs),
+        ]
         lines += [f"  # left out: {column} {why}" for column, why in seen.set_aside.items()]
     if seen.kind == "images" and not seen.same_size:
         lines.append(
@@ -83,6 +93,47 @@ def first_recipe(seen: Description, *, model: str | None = None) -> str:
     lines += _line("optimizer", "{name: adamw, lr: 1e-3}", "the plan says if the loss rises with it")
     lines += _line("batch", batch, "samples per step")
     lines += _line("epochs", epochs, f"about {epochs * max(round(seen.rows * (1 - share) / batch), 1)} steps")
+    return "\n".join(lines) + "\n"
+
+
+def _model(seen: Description) -> tuple[str, str]:
+    if seen.kind == "text" and seen.latin:
+        return "minilm-l6", "a small English sentence encoder, fetched once (80 MB); freeze: none trains all of it"
+    if seen.kind == "text":
+        return "encoder-4m", "from zero: the small pretrained encoder at hand reads English only"
+    if seen.image is not None:
+        return "cnn", "small convolutions, for images"
+    return "mlp", "two hidden layers of 64, enough for most tables"
+
+
+def _language(seen: Description, name: str, model: str | None) -> str:
+    """A corpus: a small decoder that learns to go on with it."""
+    characters = seen.rows < 5_000_000
+    steps = max(200, min(5000, seen.rows // 1000))
+    lines = [
+        f"# A first recipe for {seen.source}: {seen.rows} characters.",
+        "# Look at it with `fromzero plan`, then `fromzero train`.",
+        *_line("name", name, ""),
+        *_line("task", "language", seen.why.get("task", "as asked")),
+        *_line(
+            "model",
+            model or "{from: decoder, width: 192, layers: 4, heads: 6, context: 256}",
+            "as asked" if model else "small enough for a laptop",
+        ),
+        "data:",
+        *_line("  train", _quoted(seen.source), ""),
+        *_line("  hold_out", 0.1, "the end of the text, to measure on"),
+        *_line(
+            "  tokenizer",
+            "auto" if model else "characters" if characters else "bpe",
+            "" if model else "few and small tokens for a short text" if characters else "learned from the text",
+        ),
+        *_line("optimizer", "{name: adamw, lr: 1e-3}", "the plan says if the loss rises with it"),
+        *_line("schedule", "{name: cosine, warmup: 0.05}", ""),
+        *_line("batch", 16, "pieces of text per step"),
+        *_line("steps", steps, ""),
+        *_line("evaluate", f"{{every: {max(50, steps // 10)}}}", ""),
+    ]
     return "\n".join(lines) + "\n"
 
 

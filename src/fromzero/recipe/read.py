@@ -26,7 +26,7 @@ _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
-_LATER = (("adapter",), ("certificate",), ("trust",), ("data", "max_tokens"), ("tokens",))
+_LATER = (("adapter",), ("certificate",), ("tokens",))
 _TAGS = frozenset(["map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value"])
 
 KeyPath = tuple[Any, ...]

@@ -91,7 +91,12 @@ class Model(BaseModel):
     """Where the model comes from; every further key is an option of that model."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True, populate_by_name=True)
-    source: Source = Field(alias="from", description="catalogue name, FILE.py:CLASS, run:NAME or a run's folder")
+    source: Source = Field(
+        alias="from", description="catalogue name, FILE.py:CLASS, run:NAME, hf:owner/name, a short name, or a folder or file of weights"
+    )
+    weights: str = Field(
+        "auto", description="auto: those of the source; none: fresh ones; or a file whose tensors fit a catalogue or own model"
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -201,13 +206,22 @@ class Data(Section):
     input: ImageInput | tuple[str, ...] | None = Field(None, description="input columns (or npz arrays); for images {size: …, channels: …}")
     target: Annotated[str | None, NoneWord] = Field(None, description="column (or npz array) of the answer")
     classes: tuple[str, ...] | None = Field(None, description="keep only these classes, in this order")
-    limit: Annotated[Limit | None, NoneWord, _short("examples")] = Field(
+    limit: Annotated[Limit | None, _short("examples"), NoneWord] = Field(
         None, description="a sample of the training examples fixed by the seed"
     )
     missing: dict[str, MissingPolicy] = Field(
         {}, description="what an empty cell becomes, by column; auto: median and a flag, or a category of its own"
     )
     scale_target: Literal["none", "standard"] = Field("none", description="regress: learn the target in standard deviations from its mean")
+    tokenizer: str = Field(
+        "auto", description="text: auto (the model's own, else bpe), characters, bpe (learned from train), or a tokenizer.json"
+    )
+    vocabulary: int = Field(8000, ge=300, le=1_000_000, description="text: how many tokens bpe learns")
+    max_tokens: Annotated[Annotated[int, Field(ge=2)] | None, NoneWord] = Field(
+        None,
+        description="text: longer texts are cut to this; language: documents are cut into pieces of this (the model's context if left out)",
+    )
+    shared: Literal["leave_out", "keep"] = Field("leave_out", description="validation examples that stand in train too")
     skip_broken: int = Field(0, ge=0, description="how many unreadable images may be left out before the run is refused")
     augment: Annotated[Augment | None, NoneWord] = Field(None, description="none, light, or {shift, rotate, flip}; images only")
 
@@ -341,7 +355,7 @@ class Schedule(Section):
 class Evaluate(Section):
     every: Literal["epoch"] | Annotated[int, Field(ge=1)] = Field("epoch", description="epoch, or a number of optimizer steps")
     keep: Literal["best", "last"] = Field("best", description="which weights the run's model has: lowest validation loss, or the last")
-    stop_after: Annotated[int | None, NoneWord, Field(ge=1)] = Field(
+    stop_after: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(
         None, description="stop after this many evaluations without a lower loss"
     )
 
@@ -359,7 +373,9 @@ class Limits(Section):
     memory: Annotated[float, Field(gt=0)] | Literal["auto"] = Field(
         "auto", description="bytes, as a number or 2GB; auto: four fifths of what is free"
     )
-    seconds: Annotated[float | None, NoneWord, Field(gt=0)] = Field(None, description="stop after this time, saved, with exit code 3")
+    seconds: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(
+        None, description="stop after this time, saved, with exit code 3"
+    )
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="most samples in memory at once")
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="CPU threads")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda where there is one, else cpu")
@@ -379,7 +395,7 @@ class Limits(Section):
 
 # ------------------------------------------------------------------------------------------ recipe
 
-METRICS = ("accuracy", "macro_f1", "r2", "rmse", "mae")
+METRICS = {"classify": ("accuracy", "macro_f1"), "regress": ("r2", "rmse", "mae"), "language": ("perplexity", "token_accuracy")}
 
 
 class Recipe(Section):
@@ -388,23 +404,27 @@ class Recipe(Section):
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="folder name of the run; the recipe's file name if left out"
     )
-    task: Literal["classify", "regress"] = Field(description="classify (name a class) or regress (predict numbers)")
+    task: Literal["classify", "regress", "language"] = Field(
+        description="classify (name a class), regress (predict numbers) or language (predict the next token of raw text)"
+    )
     model: Model = Field(description="a catalogue name, FILE.py:CLASS, run:NAME, or {from: …, any option of that model}")
     head: Head = Field(Head(), description="keep | new (sized from the data)")
     freeze: Freeze = Field(Freeze(), description="none | body | {through: LAYER} | [globs of parameter names]")
     data: Data = Field(description="a source, or a section")
     loss: Loss | None = Field(None, description="auto | cross_entropy | bce | mse | mae | huber | FILE.py:FUNCTION, with options")
-    metrics: tuple[Literal["accuracy", "macro_f1", "r2", "rmse", "mae"], ...] | None = Field(None, description="auto, or a list")
+    metrics: tuple[Literal["accuracy", "macro_f1", "r2", "rmse", "mae", "perplexity", "token_accuracy"], ...] | None = Field(
+        None, description="auto, or a list"
+    )
     optimizer: AnyOptimizer = Field(AdamW(), description="adamw | adam | sgd | rmsprop, with options")
     schedule: Annotated[Schedule, _short("name")] = Field(
         Schedule(), description="constant | linear | cosine | step | one_cycle, with warmup"
     )
     batch: Annotated[int, Field(ge=1)] | Literal["all"] = Field(64, description="samples per optimizer step; all: gradient descent")
-    epochs: Annotated[float | None, NoneWord, Field(gt=0, allow_inf_nan=False)] = Field(
+    epochs: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, NoneWord] = Field(
         None, description="passes over the training data (10 if neither this nor steps is given)"
     )
-    steps: Annotated[int | None, NoneWord, Field(ge=1)] = Field(None, description="optimizer steps, instead of epochs")
-    clip: Annotated[float | None, NoneWord, Field(gt=0)] = Field(None, description="largest norm of the whole gradient")
+    steps: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(None, description="optimizer steps, instead of epochs")
+    clip: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(None, description="largest norm of the whole gradient")
     precision: Literal["float32", "float64", "bf16", "auto"] = Field(
         "float32", description="float32 | float64 | bf16 | auto (bf16 where the device has it)"
     )
@@ -414,6 +434,7 @@ class Recipe(Section):
     )
     save: Annotated[Save, _short("every")] = Field(Save(), description="when to write a checkpoint")
     limits: Limits = Field(Limits(), description="what the planner may use")
+    trust: tuple[Literal["hub"], ...] = Field((), description="code that a source brings along and may run: none, or [hub]")
     report: tuple[Literal["console", "page", "tensorboard"], ...] = Field(
         ("console", "page"), description="console, page (curves as HTML in the run's folder), tensorboard"
     )
@@ -441,6 +462,11 @@ class Recipe(Section):
             return {"name": "adamw", **value}
         return value
 
+    @field_validator("trust", mode="before")
+    @classmethod
+    def _nothing(cls, value: Any) -> Any:
+        return () if value in ("none", None) else value
+
     @field_validator("metrics", mode="before")
     @classmethod
     def _auto(cls, value: Any) -> Any:
@@ -457,9 +483,11 @@ class Recipe(Section):
         name = self.loss_name
         if self.task == "classify" and name in ("mse", "mae", "huber"):
             raise ValueError(f"task classify names classes, but loss {name} measures numbers; use cross_entropy or bce, or task: regress")
+        if self.task == "language" and name not in ("cross_entropy", "own"):
+            raise ValueError(f"task language predicts tokens, but loss {name} does not; use cross_entropy")
         if self.task == "regress" and name in ("cross_entropy", "bce"):
             raise ValueError(f"task regress predicts numbers, but loss {name} compares classes; use mse, mae or huber, or task: classify")
-        wrong = [m for m in self.metric_names if (m in ("accuracy", "macro_f1")) != (self.task == "classify")]
+        wrong = [m for m in self.metric_names if m not in METRICS[self.task]]
         if wrong:
             raise ValueError(f"metric {wrong[0]} does not belong to task {self.task}")
         return self
@@ -468,10 +496,8 @@ class Recipe(Section):
     def loss_name(self) -> str:
         if self.loss is not None:
             return self.loss.name
-        return "cross_entropy" if self.task == "classify" else "mse"
+        return "mse" if self.task == "regress" else "cross_entropy"
 
     @property
     def metric_names(self) -> tuple[str, ...]:
-        if self.metrics is not None:
-            return self.metrics
-        return ("accuracy", "macro_f1") if self.task == "classify" else ("r2", "rmse", "mae")
+        return METRICS[self.task] if self.metrics is None else self.metrics

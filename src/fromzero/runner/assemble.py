@@ -6,7 +6,7 @@ import copy
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,29 @@ import torch
 from torch import Tensor, nn
 
 from fromzero.data import Augmentation, Classes, Examples, Loaded
-from fromzero.data.load import find_path
+from fromzero.data.opening import find_path
 from fromzero.errors import ModelError, RecipeError
-from fromzero.models import MODELS, blueprint_of_file, blueprint_of_name, blueprint_of_object, seeded
+from fromzero.models import Sizes, blueprint_of_file, blueprint_of_name, blueprint_of_object, choose_path, seeded
 from fromzero.objectives import LOSSES, Loss, Metrics
 from fromzero.optim import lr_factor, make_optimizer, parameter_groups
 from fromzero.planner.values import Plan
 from fromzero.recipe.schema import Given, OwnLoss, Recipe
 from fromzero.runner.judge import Judge
-from fromzero.runner.saved import Design, SavedModel, find_model, read_model
+from fromzero.runner.origin import Origin, build_published, load_weights
+from fromzero.runner.saved import Design, SavedModel
 from fromzero.tuning import Frozen, freeze, new_head
 
+MEASURED_SAMPLES, MEASURED_TOKENS = 256, 4096
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}  # of the master weights
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a recipe's names lead: folders for relative paths, in this order, and the runs."""
+    """Where a recipe's names lead: folders for relative paths, in this order; the runs; what its model starts from."""
 
     folders: tuple[Path, ...]
     runs: Path
+    origin: Origin = field(default_factory=Origin)
 
 
 @dataclass
@@ -66,18 +69,36 @@ def build_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module
             raise ModelError(f"{type(source.value).__name__} is no model", mend="give a torch.nn.Module, its class, or a name", key="model")
         built = seeded(recipe.seed, lambda: source.value(**options))
         return built, Design(getattr(source.value, "__name__", "model"), blueprint)
-    folder = None if source in MODELS else next((f / source for f in place.folders if (f / source).is_dir()), None)
-    if source.startswith("run:") or folder is not None:
+    origin = place.origin
+    if origin.saved is not None:
         if options:
             raise RecipeError(f"a trained model takes no options ({', '.join(options)})", mend="remove them", key="model")
-        saved = read_model(find_model(source if folder is None else str(folder), place.runs))
-        return saved.load(), saved.design
+        return origin.saved.load(), origin.saved.design
+    if origin.published is not None:
+        language = recipe.task == "language"
+        fresh = loaded.facts.outputs if recipe.head.new and not language else None
+        model, design = build_published(origin.published, options, per_token=language, fresh_head=fresh, seed=recipe.seed)
+        if (
+            not language
+            and design.blueprint is not None
+            and design.blueprint.kind == "family"
+            and "outputs" not in design.blueprint.options
+        ):
+            raise ModelError(
+                "has no head, only a body that gives embeddings", mend="set head: new", file=origin.published.origin, key="head"
+            )
+        return model, design
     if ".py:" in source:
         file, _, name = source.rpartition(":")
         blueprint = blueprint_of_file(find_path(file, place.folders), name, options)
     else:
-        blueprint = blueprint_of_name(source, loaded.facts.input_shape, loaded.facts.outputs, options)
-    return seeded(recipe.seed, blueprint.build), Design(blueprint.name, blueprint)
+        facts = loaded.facts
+        vocabulary = None if facts.text is None else facts.text.vocabulary
+        blueprint = blueprint_of_name(source, Sizes(facts.input_shape, facts.outputs, vocabulary, recipe.task == "language"), options)
+    model = seeded(recipe.seed, blueprint.build)
+    if recipe.model.weights not in ("auto", "none"):
+        load_weights(model, recipe.model.weights, place.folders)
+    return model, Design(blueprint.name, blueprint)
 
 
 def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
@@ -90,6 +111,7 @@ def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
         design = Design(design.name, design.blueprint, (*design.heads, (layer or "", loaded.facts.outputs)))
     device, dtype = torch.device(plan.device), DTYPES[plan.precision]
     model.to(device, dtype)
+    choose_path(model, plan.attention)
     frozen = plan.facts.frozen
     freeze(model, frozen)
     spec = recipe.optimizer
@@ -109,7 +131,7 @@ def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
         factor=lambda step: lr_factor(recipe.schedule.name, step, plan.steps, **schedule),
         augment=_augmentation(recipe, loaded),
         device=device,
-        saved=SavedModel(design, loaded.preparation, recipe.task, recipe.loss_name, Path()),
+        saved=SavedModel(design, loaded.preparation, recipe.task, recipe.loss_name, Path(), published=place.origin.accompanying),
     )
 
 
@@ -137,8 +159,14 @@ def make_judge(plan: Plan, loaded: Loaded, place: Place) -> Judge:
         device=device,
         dtype=dtype,
         around=(lambda: torch.autocast(device.type, torch.bfloat16)) if plan.precision == "bf16" else nullcontext,
-        batch=plan.micro_batch,
+        batch=max(plan.micro_batch, _at_least(loaded)),
     )
+
+
+def _at_least(loaded: Loaded) -> int:
+    """Samples at once where nothing is kept for a backward pass."""
+    text = loaded.facts.text
+    return MEASURED_SAMPLES if text is None else max(1, MEASURED_TOKENS // text.longest)
 
 
 def _loss(plan: Plan, loaded: Loaded, place: Place, device: torch.device, dtype: torch.dtype) -> Loss:

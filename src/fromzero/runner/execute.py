@@ -155,14 +155,15 @@ class _Run:
         """Write the model and the result."""
         last = {name: tensor.detach() for name, tensor in self.job.model.state_dict().items()}
         kept = self.best.weights if self.best.weights is not None else last
-        write_model(self.folder / "model", replace(self.job.saved, folder=self.folder / "model"), kept, last if kept is not last else None)
+        older = kept is not last and self.progress.best_step != self.progress.step
+        write_model(self.folder / "model", replace(self.job.saved, folder=self.folder / "model"), kept, last if older else None)
         result = self._result(status)
         write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
         return result, kept
 
     def _result(self, status: str) -> dict[str, Any]:
         plan, progress, kept = self.job.plan, self.progress, self.kept
-        seconds = max(progress.seconds, 1e-9)
+        seconds, text = max(progress.seconds, 1e-9), plan.facts.data.text
         validated = {"loss": kept.loss, **kept.metrics} if kept is not None and self.job.validation is not None else {}
         return {
             "run": self.folder.name,
@@ -172,7 +173,7 @@ class _Run:
             "epochs": round(progress.samples / len(self.job.train), 4),
             "seconds": round(progress.seconds, 3),
             "samples_per_second": round(progress.samples / seconds, 1),
-            "tokens_per_second": None,
+            "tokens_per_second": None if text is None else round(progress.samples / seconds * text.tokens / len(self.job.train), 1),
             "parameters": plan.facts.model.parameters,
             "trainable_parameters": plan.trainable_parameters,
             "peak_memory_bytes": peak_memory(),

@@ -17,8 +17,6 @@ from fromzero.data import Examples, Inputs, Numbers
 from fromzero.data.answers import Answers
 from fromzero.objectives import Loss, Metrics
 
-AT_LEAST = 256  # samples at once where nothing is kept for a backward pass
-
 
 @dataclass
 class Judge:
@@ -30,7 +28,7 @@ class Judge:
     device: torch.device
     dtype: torch.dtype
     around: Callable[[], AbstractContextManager[Any]]
-    batch: int = AT_LEAST
+    batch: int
 
     def on_device(self, inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
         """Floats in the model's type, all on the model's device."""
@@ -44,7 +42,7 @@ class Judge:
         self.metrics.reset()
         total = torch.zeros((), dtype=torch.float64)
         count = torch.zeros((), dtype=torch.float64)
-        for part_of in (torch.arange(len(examples)) if index is None else index).split(max(self.batch, AT_LEAST)):
+        for part_of in (torch.arange(len(examples)) if index is None else index).split(self.batch):
             inputs, targets = self.on_device(*examples.take(part_of))
             with self.around():
                 outputs = model(*inputs)

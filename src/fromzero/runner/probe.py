@@ -9,8 +9,9 @@ from dataclasses import replace
 
 import torch
 
-from fromzero.data import Loaded
+from fromzero.data import Loaded, TextExamples
 from fromzero.devices import keep_freed_memory, peak_memory
+from fromzero.models import choose_path
 from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.loop import clip, pieces, set_learning_rate
@@ -37,6 +38,7 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         set_training(job.model, job.frozen)
         losses, seconds, silent = _steps(job, index)
         evaluate_seconds = _evaluation(job, index)
+        error = _attention_error(job, plan.attention) if plan.attention not in ("", "plain") else None
     return Measured(
         step_seconds=statistics.median(seconds),
         evaluate_seconds=evaluate_seconds,
@@ -44,6 +46,7 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         silent=silent,
         peak_bytes=peak_memory(),
         batch=len(index),
+        attention_error=error,
     )
 
 
@@ -77,3 +80,19 @@ def _evaluation(job: Job, index: torch.Tensor) -> float:
     started = time.perf_counter()
     job.judge.measure(job.model, job.train, index)
     return time.perf_counter() - started
+
+
+def _attention_error(job: Job, path: str) -> float:
+    """How far loss and gradients of the fast path lie from those of the plain one, relative to the largest."""
+    index = job.train.lengths.argsort()[:2] if isinstance(job.train, TextExamples) else torch.arange(2)
+    found = []
+    for way in ("plain", path):
+        choose_path(job.model, way)
+        torch.manual_seed(job.plan.recipe.seed)  # the same dropout
+        job.optimizer.zero_grad()
+        total, count = gradients(job.model, pieces(job, index, 0), job.judge.loss, job.judge.around)
+        found.append((total / count, [p.grad.clone() for p in job.model.parameters() if p.grad is not None]))
+    (plain_loss, plain), (fast_loss, fast) = found
+    largest = max((float(g.abs().max()) for g in plain), default=0.0) or 1.0
+    apart = max((float((a - b).abs().max()) for a, b in zip(plain, fast, strict=True)), default=0.0)
+    return max(apart / largest, abs(fast_loss - plain_loss) / max(abs(plain_loss), 1.0))

@@ -1,32 +1,38 @@
 """Saved models: a trained module and what is needed to use it in, a folder out, and back in one call.
 
 model/model.json            how to build it, how its inputs and answers were prepared, digests
-model/weights.safetensors   the weights the run keeps
+model/model.safetensors     the weights the run keeps (in several files where they are large)
 model/final.safetensors     the last weights, where the kept ones are older
+model/tokenizer.json        for text
+
+A model of a published family is written under its published names with a config.json, so that others load the folder too;
+what that family has no place for (a head on mean pooling) stands in rest.safetensors.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from fromzero.data import Classes, ImageFormat, Numbers, Preparation, Soft
+from fromzero.data import Classes, ImageFormat, Numbers, Preparation, Soft, TextFormat
 from fromzero.data.columns import Columns
 from fromzero.data.sources import ArrayFormat
 from fromzero.errors import ModelError, SourceError, did_you_mean
-from fromzero.models import Blueprint, seeded
+from fromzero.models import FAMILIES, Blueprint, Family, seeded
 from fromzero.sources.cache import write_whole
 from fromzero.tuning import new_head
-from fromzero.weights import check_fit, read_tensors, write_tensors
+from fromzero.weights import check_fit, read_tensors, to_ours, to_theirs, write_folder, write_tensors
 
 VERSION = 1
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Columns, ImageFormat, ArrayFormat, Classes, Numbers, Soft)}
+FINAL, TOKENIZER, REST = "final.safetensors", "tokenizer.json", "fromzero."
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Columns, ImageFormat, ArrayFormat, TextFormat, Classes, Numbers, Soft)}
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,10 @@ class Design:
     name: str
     blueprint: Blueprint | None
     heads: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def family(self) -> Family | None:
+        return FAMILIES[self.blueprint.name] if self.blueprint is not None and self.blueprint.kind == "family" else None
 
     def build(self, given: nn.Module | None = None) -> nn.Module:
         """given: the module from Python, where the design cannot be written down"""
@@ -62,36 +72,80 @@ class SavedModel:
     loss: str
     folder: Path
     weights: dict[str, str] = field(default_factory=dict)  # file → SHA-256
+    published: dict[str, Any] = field(default_factory=dict)  # chat template, special tokens and the like, as they came
 
     def load(self, given: nn.Module | None = None) -> nn.Module:
         """The module with the kept weights, in eval mode.  raises: SourceError, ModelError"""
-        path = self.folder / "weights.safetensors"
-        tensors = read_tensors(path, sha256=self.weights.get(path.name))
+        tensors: dict[str, Tensor] = {}
+        for name, sha256 in self.weights.items():
+            if name.endswith(".safetensors") and name != FINAL:
+                tensors.update(read_tensors(self.folder / name, sha256=sha256))
+        family = self.design.family
+        if family is not None:
+            rest = {n: t for n, t in tensors.items() if n.startswith(REST)}
+            theirs = {n: t for n, t in tensors.items() if n not in rest}
+            names = {ours: of for ours, of in family.names(self.config, ()).items() if set(of[0]) <= theirs.keys()}
+            tensors = to_ours(theirs, names, file=str(self.folder)) | {n.removeprefix(REST): t for n, t in rest.items()}
         model = self.design.build(given)
-        state = model.state_dict()
-        check_fit(state, tensors, file=str(path))
-        dtype = next((t.dtype for t in tensors.values() if t.is_floating_point()), None)
-        model.to(dtype=dtype)
-        model.load_state_dict(tensors)
+        model.to(dtype=next((t.dtype for t in tensors.values() if t.is_floating_point()), None))
+        fill(model, tensors, file=str(self.folder))
         return model.eval()
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The config.json of a published family, with the classes of this model."""
+        assert self.design.blueprint is not None and self.design.family is not None
+        config = self.design.family.written(**self.design.blueprint.options)
+        if isinstance(self.preparation.answers, Classes):
+            names = self.preparation.answers.names
+            config |= {"id2label": {str(i): n for i, n in enumerate(names)}, "label2id": {n: i for i, n in enumerate(names)}}
+        return config
+
+
+def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, file: str, fresh: Sequence[str] = ()) -> None:
+    """Put tensors into a module, strictly: each place is filled once, a tied one by either name; `fresh` ones stay as they are.
+
+    raises: SourceError listing what is missing, extra or of another shape
+    """
+    state = model.state_dict()
+    places = {t.data_ptr(): n for n, t in reversed(state.items())}  # the first name of a tied tensor
+    wanted = {n: t for n, t in state.items() if n not in fresh and (n in tensors or places[t.data_ptr()] == n)}
+    check_fit(wanted, tensors, file=file)
+    with torch.no_grad():
+        for name, place in wanted.items():
+            place.copy_(tensors[name])
 
 
 def write_model(folder: Path, saved: SavedModel, kept: Mapping[str, Tensor], last: Mapping[str, Tensor] | None) -> None:
     """Write weights first and the description last, so that a description is never without its weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    digests = {"weights.safetensors": write_tensors(folder / "weights.safetensors", kept)}
+    family = saved.design.family
+    inputs = asdict(saved.preparation.inputs)
+    tokenizer = inputs.pop("tokenizer", None)
+    if family is None:
+        digests = {"model.safetensors": write_tensors(folder / "model.safetensors", kept)}
+        if tokenizer is not None:
+            write_whole(folder / TOKENIZER, tokenizer.encode())
+    else:
+        names = {ours: theirs for ours, theirs in family.names(saved.config, ()).items() if ours in kept}
+        digests = write_folder(folder, saved.config, to_theirs(kept, names), tokenizer=tokenizer, **saved.published)
+        tied = {kept[n].data_ptr() for n in names if n in kept}
+        rest = {REST + n: t for n, t in kept.items() if n not in names and t.data_ptr() not in tied}
+        if rest:
+            digests["rest.safetensors"] = write_tensors(folder / "rest.safetensors", rest)
     if last is not None:
-        digests["final.safetensors"] = write_tensors(folder / "final.safetensors", last)
+        digests[FINAL] = write_tensors(folder / FINAL, last)
     values = {
         "version": VERSION,
         "task": saved.task,
         "loss": saved.loss,
         "design": asdict(saved.design),
         "preparation": {
-            "inputs": {"kind": type(saved.preparation.inputs).__name__, **asdict(saved.preparation.inputs)},
+            "inputs": {"kind": type(saved.preparation.inputs).__name__, **inputs},
             "answers": {"kind": type(saved.preparation.answers).__name__, **asdict(saved.preparation.answers)},
             "target": saved.preparation.target,
         },
+        "published": saved.published,
         "weights": digests,
     }
     write_whole(folder / "model.json", json.dumps(values, indent=1).encode())
@@ -103,10 +157,12 @@ def read_model(folder: Path) -> SavedModel:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         parts = values["preparation"]
+        if parts["inputs"]["kind"] == TextFormat.__name__:
+            parts["inputs"]["tokenizer"] = (folder / TOKENIZER).read_text(encoding="utf-8")
         inputs, answers = (TypeAdapter(_KINDS[p.pop("kind")]).validate_python(p) for p in (parts["inputs"], parts["answers"]))
         design = TypeAdapter(Design).validate_python(values["design"])
         preparation = Preparation(inputs, answers, parts["target"])
-        return SavedModel(design, preparation, values["task"], values["loss"], folder, values["weights"])
+        return SavedModel(design, preparation, values["task"], values["loss"], folder, values["weights"], values["published"])
     except FileNotFoundError:
         raise SourceError(
             "holds no model (no model.json)", why=_foreign(folder), file=str(folder), mend="name a run's folder or run:NAME"

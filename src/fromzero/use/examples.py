@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fromzero.data import Classes, Loaded, Numbers
+from fromzero.data import Classes, Loaded, Numbers, TextExamples, TextFormat
 from fromzero.data.columns import Columns
+from fromzero.data.tokens import pieces as token_texts
 
 _SHADES = " .:-=+*#%@"
 MOST_COLUMNS = 72
+MOST_TOKENS = 200
 
 
 def show_examples(loaded: Loaded, count: int) -> tuple[str, list[dict[str, Any]]]:
     """The first training examples of the split: text for people, values for programs."""
-    (inputs,), targets = loaded.train.take(torch.arange(min(count, len(loaded.train))))
+    index = torch.arange(min(count, len(loaded.train)))
+    if isinstance(loaded.train, TextExamples):
+        return _texts(loaded, loaded.train, index)
+    (inputs,), targets = loaded.train.take(index)
     names = _input_names(loaded)
     shown, values = [], []
     for i in range(len(inputs)):
         answer = _answer(loaded, targets[i])
         shown.append(f"example {i}: {answer}\n{_picture(inputs[i], names)}")
         values.append({"answer": answer, "shape": list(inputs[i].shape), "input": inputs[i].tolist()})
+    return "\n\n".join(shown), values
+
+
+def _texts(loaded: Loaded, examples: TextExamples, index: Tensor) -> tuple[str, list[dict[str, Any]]]:
+    """Texts cut into their tokens by bars."""
+    form = loaded.preparation.inputs
+    assert isinstance(form, TextFormat)
+    shown, values = [], []
+    for i in index.tolist():
+        (ids, _), target = examples.take(torch.tensor([i]))
+        answer = "the next token, at each token" if examples.answers is None else _answer(loaded, target[0])
+        pieces = token_texts(form.tokenizer, ids.tolist())
+        text = "|".join(piece.replace("\n", "⏎") for piece in pieces[:MOST_TOKENS])
+        more = f" … ({len(pieces)} tokens)" if len(pieces) > MOST_TOKENS else f"  ({len(pieces)} tokens)"
+        shown.append(f"example {i}: {answer}\n" + textwrap.fill(text + more, MOST_COLUMNS, initial_indent="  ", subsequent_indent="  "))
+        values.append({"answer": answer, "tokens": ids.tolist(), "pieces": pieces})
     return "\n\n".join(shown), values
 
 

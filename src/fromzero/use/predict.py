@@ -15,13 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fromzero.data import Classes, ImageFormat, Numbers, Preparation
+from fromzero.data import Classes, Examples, ImageFormat, Numbers, Preparation, TensorExamples, TextFormat
 from fromzero.data.arrays import as_pair, read_inputs
 from fromzero.data.columns import Columns
 from fromzero.data.images import ENDINGS, printable, read_image, walk_images
-from fromzero.data.load import ARRAYS, TABLES
-from fromzero.data.table import read_table, table_of
-from fromzero.errors import DataError, Fault
+from fromzero.data.opening import ARRAYS, TABLES
+from fromzero.data.sources import InputFormat
+from fromzero.data.table import read_table, read_text, table_of
+from fromzero.data.text import whole_texts
+from fromzero.errors import DataError, Fault, did_you_mean
 from fromzero.runner.saved import SavedModel
 from fromzero.use.write import as_table
 
@@ -61,13 +63,18 @@ def predict(saved: SavedModel, model: nn.Module, inputs: Any) -> Predictions:
 
     raises: DataError where nothing can be read, or a column is missing
     """
-    names, prepared, faults = prepare(saved.preparation, inputs)
-    if not len(prepared):
+    if saved.task == "language":
+        raise DataError("the model goes on with text, it names no answer", mend="fromzero evaluate measures it on other text")
+    names, examples, faults = prepare(saved.preparation, inputs)
+    if not len(examples):
         raise DataError(list(faults) or "there is nothing to predict")
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    outputs = []
     with torch.no_grad():
-        outputs = torch.cat([model(part.to(dtype)).cpu() for part in prepared.split(BATCH)])
-    return Predictions(tuple(name_outputs(saved, names, outputs)), tuple(faults))
+        for part in torch.arange(len(examples)).split(BATCH):
+            arguments = examples.take(part)[0]
+            outputs.append(model(*(t.to(dtype) if t.is_floating_point() else t for t in arguments)).cpu())
+    return Predictions(tuple(name_outputs(saved, names, torch.cat(outputs))), tuple(faults))
 
 
 def name_outputs(saved: SavedModel, names: Sequence[str], outputs: Tensor) -> list[Prediction]:
@@ -88,9 +95,42 @@ def name_outputs(saved: SavedModel, names: Sequence[str], outputs: Tensor) -> li
     return [Prediction(n, known[b], dict(zip(known, row, strict=True))) for n, b, row in zip(names, best, shares.tolist(), strict=True)]
 
 
-def prepare(preparation: Preparation, inputs: Any) -> tuple[list[str], Tensor, list[Fault]]:
-    """Inputs of any kind → their names, (M, …) as the model takes them, and the faults of those left out."""
+def prepare(preparation: Preparation, inputs: Any) -> tuple[list[str], Examples, list[Fault]]:
+    """Inputs of any kind → their names, examples without answers, and the faults of those left out."""
     form = preparation.inputs
+    if isinstance(form, TextFormat):
+        names, texts = _texts(form, inputs)
+        return names, whole_texts(form, texts, torch.zeros(len(texts))), []
+    names, tensor, faults = _tensors(form, inputs)
+    return names, TensorExamples(tensor, torch.zeros(len(tensor))), faults
+
+
+def _texts(form: TextFormat, inputs: Any) -> tuple[list[str], list[str]]:
+    """A text, a list of texts, a table with the column of the training, or a file with a text in each line"""
+    if isinstance(inputs, (str, Path)):
+        path = Path(inputs)
+        if len(str(inputs)) > 250 or not path.is_file():
+            if path.suffix.lower() in (*TABLES, ".txt"):
+                _existing(path)
+            return [str(inputs)], [str(inputs)]
+        if path.suffix.lower() not in TABLES:
+            lines = [line for line in read_text(path).splitlines() if line.strip()]
+            return lines, lines
+        inputs = read_table(path).columns
+    if isinstance(inputs, (list, tuple)) and all(isinstance(text, str) for text in inputs):
+        return list(inputs), list(inputs)
+    columns = inputs if isinstance(inputs, dict) else _columns(inputs)
+    if form.column not in columns:
+        raise DataError(
+            f"there is no column '{form.column}', which the model was trained on",
+            mend=did_you_mean(form.column, columns) or f"the columns are {', '.join(list(columns)[:12])}",
+        )
+    texts = [str(text) for text in columns[form.column]]
+    return texts, texts
+
+
+def _tensors(form: InputFormat, inputs: Any) -> tuple[list[str], Tensor, list[Fault]]:
+    assert not isinstance(form, TextFormat)
     if isinstance(form, Columns):
         table = read_table(_existing(inputs)) if isinstance(inputs, (str, Path)) else table_of(_columns(inputs), name="the table given")
         return [table.where(row) for row in range(len(table))], form.apply(table), []

@@ -1,0 +1,144 @@
+"""Origin: what a recipe calls its model in; the published weights, the earlier run or nothing that it starts from out.
+
+It is opened once, before the data is read, because text becomes tokens by the model's own tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fromzero.data import TextFormat
+from fromzero.errors import ModelError, did_you_mean
+from fromzero.models import FAMILIES, MODELS, TEXT_MODELS, blueprint_of_config, seeded
+from fromzero.recipe.schema import Recipe
+from fromzero.runner.saved import Design, SavedModel, fill, find_model, read_model
+from fromzero.weights import SHORT_NAMES, Pretrained, open_pretrained, to_ours
+
+_PUBLISHED = ("hf:", "ms:", "pypi:")
+LM_HEAD = "lm_head.weight"
+_FILES = (".gguf", ".safetensors", ".pt", ".pth", ".bin")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where first weights come from: a saved run, a published model, or neither (fresh ones, or code of the user's own)."""
+
+    saved: SavedModel | None = None
+    published: Pretrained | None = None
+
+    @property
+    def tokenizer(self) -> str | None:
+        if self.saved is not None and isinstance(self.saved.preparation.inputs, TextFormat):
+            return self.saved.preparation.inputs.tokenizer
+        return self.published.tokenizer if self.published is not None else None
+
+    @property
+    def context(self) -> int | None:
+        """How many positions the model was made for"""
+        blueprint = None if self.saved is None else self.saved.design.blueprint
+        config = self.published.config if self.published is not None else blueprint.options.get("config", {}) if blueprint else {}
+        found = config.get("max_position_embeddings") or config.get("n_positions")
+        return int(found) if found else None
+
+    @property
+    def accompanying(self) -> dict[str, Any]:
+        """What came with the weights and goes on with them: special tokens, chat template, settings of generation"""
+        if self.saved is not None:
+            return self.saved.published
+        found = self.published
+        return {} if found is None else {"special": found.special, "chat_template": found.chat_template, "generation": found.generation}
+
+    def reads_text(self, recipe: Recipe) -> bool | None:
+        """Whether the model takes tokens; None where the data decides."""
+        if self.saved is not None:
+            return isinstance(self.saved.preparation.inputs, TextFormat)
+        if self.published is not None and (family := FAMILIES.get(str(self.published.config.get("model_type")))) is not None:
+            return family.reads == "text"
+        return True if recipe.model.source in TEXT_MODELS else None
+
+
+def find_origin(source: object, folders: Sequence[Path], runs: Path, *, fresh: bool = False) -> Origin:
+    """Open what a recipe's model names, if it names a place.
+
+    fresh:  a name of the catalogue means that architecture with fresh weights, even where published ones have the same name
+    raises: SourceError where it is not there, cannot be trusted or is no whole model
+    """
+    if not isinstance(source, str):
+        return Origin()
+    if source.startswith("run:"):
+        return Origin(saved=read_model(find_model(source, runs)))
+    if source.startswith(_PUBLISHED) or (source in SHORT_NAMES and not (fresh and source in MODELS)):
+        return Origin(published=open_pretrained(source, folders=folders))
+    if source in MODELS or source in TEXT_MODELS or ".py:" in source or source.startswith("hub:"):
+        return Origin()
+    place = next((folder / source for folder in folders if (folder / source).exists()), None)
+    if place is not None and place.is_dir():
+        found = find_model(str(place), runs)
+        if (found / "model.json").exists():
+            return Origin(saved=read_model(found))
+    if place is not None or source.endswith(_FILES):
+        return Origin(published=open_pretrained(source, folders=folders))
+    known = (*MODELS, *TEXT_MODELS, *SHORT_NAMES)
+    raise ModelError(
+        f"no model is called '{source}', and no file or folder",
+        mend=did_you_mean(source, known)
+        or f"the catalogue has {', '.join(known)}; your own class is FILE.py:CLASS, an earlier run is run:NAME, a published one hf:OWNER/NAME",
+        key="model",
+    )
+
+
+def build_published(
+    published: Pretrained, options: Mapping[str, Any], *, per_token: bool | None = None, fresh_head: int | None = None, seed: int = 0
+) -> tuple[nn.Module, Design]:
+    """A published model with its weights, in float32.
+
+    per_token:   a language model's scores of the next token; else scores or an embedding of the whole input; None as published
+    fresh_head:  how many outputs a new head has, where the file brings none for the whole input
+    raises:      ModelError for a family that is not known, SourceError where tensors do not fit
+    """
+    config, origin = published.config, published.origin
+    kind = config.get("model_type")
+    family = FAMILIES.get(str(kind))
+    if family is None:
+        raise ModelError(
+            f"its config.json is of model_type '{kind}', which is not written here" if kind else "has no config.json that says what it is",
+            why=f"known are {', '.join(FAMILIES)}",
+            mend="" if kind else "load bare weights into a model: {from: resnet50, weights: FILE}",
+            file=origin,
+            key="model",
+        )
+    if per_token is None:
+        per_token = family.speaks and not str(config.get("architectures")).endswith("ForSequenceClassification']")
+    asked, ignored = {**_pooling(published), **options}, list(family.ignored)
+    names = family.names(config, published.tensors.keys())
+    head = names.get("head.weight")
+    if head is not None and head[0] == (LM_HEAD,) and not per_token:
+        ignored, head = [*ignored, LM_HEAD], None
+    elif head is not None and not per_token:
+        asked["outputs"] = len(published.tensors[head[0][0]])
+    if head is None and fresh_head is not None and not per_token:
+        asked["outputs"] = fresh_head
+    blueprint = blueprint_of_config(config, asked)
+    model = seeded(seed, blueprint.build)
+    state = model.state_dict()
+    made = tuple(name for name in state if name.startswith("head.")) if head is None and fresh_head is not None else ()
+    wanted = {ours: theirs for ours, theirs in names.items() if ours in state and ours not in made}
+    fill(model, to_ours(published.tensors, wanted, file=origin, ignored=ignored), file=origin, fresh=made)
+    return model, Design(str(kind), blueprint)
+
+
+def _pooling(published: Pretrained) -> dict[str, str]:
+    """What sentence-transformers noted beside its models"""
+    noted = published.extras.get("1_Pooling/config.json", {})
+    return {"pooling": "first" if noted.get("pooling_mode_cls_token") else "mean"} if noted else {}
+
+
+def load_weights(model: nn.Module, source: str, folders: Sequence[Path]) -> None:
+    """Put the tensors of a file into a module whose names and shapes they have."""
+    found = open_pretrained(source, folders=folders)
+    fill(model, found.tensors, file=found.origin)
