@@ -16,9 +16,10 @@ import yaml
 
 from fromzero.cli import app
 from fromzero.data.catalogue import NAMED_SETS
-from fromzero.models import MODELS
+from fromzero.models import FAMILIES, MODELS, TEXT_MODELS
 from fromzero.recipe.read import from_values, known_keys
 from fromzero.recipe.schema import METRICS, Recipe
+from fromzero.weights import SHORT_NAMES
 
 HERE = Path(__file__).resolve().parent
 
@@ -89,7 +90,7 @@ def recipe_page() -> str:
         "",
         *_table(top),
         "",
-        f"Metrics: {', '.join(f'`{name}`' for name in METRICS)}.",
+        "Metrics: " + "; ".join(f"{task}: {', '.join(f'`{name}`' for name in names)}" for task, names in METRICS.items()) + ".",
     ]
     for path in (row[0] for row in top):
         inner = [row for row in rows if len(row[0]) > 1 and row[0][:1] == path]
@@ -97,17 +98,32 @@ def recipe_page() -> str:
             text += ["", f"## `{path[0]}`", "", *_table(inner)]
     text += ["", "## Short forms", "", "| written | means |", "|---|---|"]
     text += [f"| `{short}` | `{_lengthened(short)}` |" for short in SHORT]
-    text += ["", "## Models of the catalogue", "", "Inputs and outputs are sized from the data; what is left are options, written beside `from`.", ""]
+    text += [
+        "",
+        "## Models of the catalogue",
+        "",
+        "Inputs and outputs are sized from the data; what is left are options, written beside `from`.",
+        "",
+    ]
     text += ["| name | what it is | options |", "|---|---|---|"]
-    text += [f"| `{name}` | {(inspect.getdoc(model) or '').splitlines()[0]} | {_options(model)} |" for name, model in MODELS.items()]
+    text += [f"| `{name}` | {_what(model)} | {_options(model)} |" for name, model in (MODELS | TEXT_MODELS).items()]
+    text += ["", "## Families that are read from and written to others' folders", ""]
+    text += ["By the `model_type` of their config.json: " + ", ".join(f"`{name}`" for name in FAMILIES) + ".", ""]
+    text += ["## Weights with a short name", "", "| name | what it is |", "|---|---|"]
+    text += [f"| `{name}` | {known.origin} |" for name, known in SHORT_NAMES.items()]
     text += ["", "## Named sets", "", "| name | what it is |", "|---|---|"]
     text += [f"| `{name}` | {known.origin} |" for name, known in NAMED_SETS.items()]
     return "\n".join(text) + "\n"
 
 
+def _what(model: Any) -> str:
+    return (inspect.getdoc(getattr(model, "func", model)) or "").splitlines()[0]
+
+
 def _options(model: Any) -> str:
     parameters = inspect.signature(model).parameters.values()
-    return ", ".join(f"`{p.name}: {_flow(_listed(p.default))}`" for p in parameters if p.name not in ("inputs", "outputs"))
+    sized = ("inputs", "outputs", "vocabulary", "per", "cell")
+    return ", ".join(f"`{p.name}: {_flow(_listed(p.default))}`" for p in parameters if p.name not in sized)
 
 
 def _listed(value: Any) -> Any:
@@ -171,7 +187,14 @@ def _values(said: Any, defs: Mapping[str, Any]) -> str:
         return str(said["const"])
     if "enum" in said:
         return " \\| ".join(map(str, said["enum"]))
-    kind = {"integer": "whole number", "number": "number", "boolean": "true \\| false", "string": "text", "array": "list", "object": "name → value"}.get(said.get("type"), "text")
+    kind = {
+        "integer": "whole number",
+        "number": "number",
+        "boolean": "true \\| false",
+        "string": "text",
+        "array": "list",
+        "object": "name → value",
+    }.get(said.get("type"), "text")
     return ", ".join([kind, *(words.format(f"{said[key]:,}") for key, words in _BOUNDS.items() if key in said and said[key] < 2**53)])
 
 
@@ -182,12 +205,22 @@ def _default(key: str, value: Any) -> str:
         return ""
     if isinstance(value, (list, tuple)):
         return json.dumps(list(value)).replace('"', "") if value else "none"
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else f"{value:g}" if isinstance(value, float) else str(value)
+    return (
+        "none"
+        if value is None
+        else str(value).lower()
+        if isinstance(value, bool)
+        else f"{value:g}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _table(rows: list[Row]) -> list[str]:
     lines = ["| key | meaning | values | default |", "|---|---|---|---|"]
-    return lines + [f"| `{'.'.join(path)}` | {meaning.replace('|', chr(92) + '|')} | {values} | {default} |" for path, meaning, values, default in rows]
+    return lines + [
+        f"| `{'.'.join(path)}` | {meaning.replace('|', chr(92) + '|')} | {values} | {default} |" for path, meaning, values, default in rows
+    ]
 
 
 def _lengthened(short: str) -> str:
@@ -211,7 +244,15 @@ def _flow(value: Any) -> str:
         return "{" + ", ".join(f"{key}: {_flow(inner)}" for key, inner in value.items()) + "}"
     if isinstance(value, list):
         return "[" + ", ".join(map(_flow, value)) + "]"
-    return "none" if value is None else str(value).lower() if isinstance(value, bool) else _number(value) if isinstance(value, float) else str(value)
+    return (
+        "none"
+        if value is None
+        else str(value).lower()
+        if isinstance(value, bool)
+        else _number(value)
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def _number(value: float) -> str:
@@ -248,7 +289,9 @@ def _metavar(parameter: Any) -> str:
 
 
 def _option(parameter: Any) -> str:
-    takes = "" if isinstance(parameter.default, bool) else f" {parameter.metavar or ('N' if isinstance(parameter.default, int) else 'TEXT')}"
+    takes = (
+        "" if isinstance(parameter.default, bool) else f" {parameter.metavar or ('N' if isinstance(parameter.default, int) else 'TEXT')}"
+    )
     return "/".join(parameter.opts) + takes
 
 

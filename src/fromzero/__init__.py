@@ -124,8 +124,8 @@ def plan(
     import fromzero.planner.facts as facts_room
     from fromzero.planner.make import make
     from fromzero.runner.assemble import Place, build_model
-    from fromzero.runner.origin import find_origin
     from fromzero.runner.probe import probe as take_trial_steps
+    from fromzero.runner.start import find_start
 
     if isinstance(recipe, (str, Path)):
         beside, recipe = beside or Path(recipe).parent, read(recipe)
@@ -134,9 +134,9 @@ def plan(
 
         recipe = from_values(recipe)
     folders = tuple(dict.fromkeys([beside or Path(), Path()]))
-    origin = find_origin(recipe.model.source, folders, Path(runs), fresh=recipe.model.weights == "none")
-    place = Place(folders, Path(runs), origin)
-    reader = facts_room.Reader(origin.tokenizer, origin.context, origin.reads_text(recipe))
+    start = find_start(recipe.model.source, folders, Path(runs), fresh=recipe.model.weights == "none")
+    place = Place(folders, Path(runs), start)
+    reader = facts_room.Reader(start.tokenizer, start.context, start.reads_text(recipe))
     seen = facts_room.look(recipe, folders, lambda asked, loaded: build_model(asked, loaded, place)[0], reader)
     made = make(recipe, seen.facts)
     if probe and not any(finding.severity == "error" for finding in made.findings):
@@ -245,14 +245,14 @@ def load(source: str, *, runs: str | Path = "runs", model: Any = None, per_token
     per_token:  published text models: True for the scores of the next token, False for one row a document; by its kind if left out
     options:    of a published model, such as pooling
     """
-    from fromzero.runner.origin import build_published, find_origin
+    from fromzero.runner.start import build_published, find_start
 
-    origin = find_origin(source, (Path(),), Path(runs))
-    if origin.saved is not None:
-        return origin.saved.load(model)
-    if origin.published is None:
+    start = find_start(source, (Path(),), Path(runs))
+    if start.saved is not None:
+        return start.saved.load(model)
+    if start.published is None:
         raise ModelError(f"'{source}' has no weights to load", mend="train it first, or name a published model")
-    return build_published(origin.published, options, per_token=per_token)[0].eval()
+    return build_published(start.published, options, per_token=per_token)[0].eval()
 
 
 def predict(source: str, inputs: Any, *, runs: str | Path = "runs", model: Any = None) -> Predictions:

@@ -13,6 +13,7 @@ import struct
 import tarfile
 import time
 import zipfile
+from pathlib import Path
 
 import gguf
 import numpy as np
@@ -78,7 +79,7 @@ def test_a_torch_file_that_asks_for_a_function_is_refused_with_what_it_asked_for
 def test_a_bare_pickle_named_as_a_torch_file_is_refused(tmp_path, marker):
     path = tmp_path / "w.pth"
     path.write_bytes(pickle.dumps(Bomb(marker), protocol=2))
-    refused(path, "it was not tried" if b"posix" in path.read_bytes() else "is no torch file")
+    refused(path, "its pickle asks for posix.mkdir", "it was not tried")
 
 
 def test_a_tensor_of_a_terabyte_made_of_four_bytes_is_refused(tmp_path):
@@ -160,10 +161,10 @@ def test_a_nan_in_the_weights_is_named_when_it_is_read(tmp_path):
         dict(found)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def small():
-    """Memory that a hostile header could take is bounded while these run."""
-    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    """Memory that a hostile header could take is bounded while such a test runs."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (used + 2**30, before[1]))
     yield

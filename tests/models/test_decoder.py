@@ -13,6 +13,7 @@ from torch import Tensor
 from fromzero.errors import ModelError, ShapeError
 from fromzero.models.decoder import Decoder
 from fromzero.models.decoder_families import DECODERS, SIZES, decoder_config
+from fromzero.models.layers.attention import Attend
 from fromzero.models.layers.documents import documents_of
 from fromzero.models.layers.experts import Experts
 from fromzero.models.layers.norm import RMSNorm
@@ -208,8 +209,13 @@ def test_autocast_and_a_cast_model_stay_near_float32(kind: str) -> None:
     tokens, offsets = batch(9, 4, 9)
     with torch.no_grad():
         exact = model(tokens, offsets)
+        seen: list[set[torch.dtype]] = []
+        for module in model.modules():
+            if isinstance(module, Attend):
+                module.register_forward_pre_hook(lambda _, tensors: seen.append({t.dtype for t in tensors[:3]}))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             mixed = model(tokens, offsets)
+        assert seen == [{torch.bfloat16}] * 2  # norms and turns in float32 do not reach the kernel, which wants one type
         short = model.to(torch.bfloat16)(tokens, offsets)
     for scores in (mixed, short):
         assert scores.dtype == torch.bfloat16

@@ -136,6 +136,19 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused_with_the_pri
     assert "5 more rows would be 80 untrained values" in str(caught.value)
 
 
+def test_texts_longer_than_the_model_reads_are_refused_and_cut_only_when_asked(table: Path, tmp_path: Path) -> None:
+    body = published(tmp_path / "body", table)
+    table.write_text(table.read_text() + f'"{"rain and snow " * 600}",weather\n')
+    recipe = classify(table, str(body), head="new", freeze="body")
+    recipe["data"] = {"train": str(table), "hold_out": 0.2}
+    with pytest.raises(fz.DataError, match=r"1 of 121 texts have more tokens than the model has positions: up to \d+, not 512"):
+        fz.plan(recipe, runs=tmp_path / "runs")
+    recipe["data"]["max_tokens"] = 512
+    planned = fz.plan(recipe, runs=tmp_path / "runs", probe=False)
+    longest = planned.plan.facts.data.text.longest
+    assert longest == 512 or planned.plan.facts.data.text.cut == 0  # the long one may be held out
+
+
 def test_an_encoder_is_not_asked_for_the_next_token_and_numbers_are_not_read_as_text(corpus: Path, table: Path, tmp_path: Path) -> None:
     with pytest.raises(fz.ModelError, match="sees the tokens after each one too"):
         fz.plan({"task": "language", "model": {"from": "encoder", **TINY}, "data": str(corpus)})
@@ -181,3 +194,29 @@ def test_freezing_through_a_stage_freezes_everything_before_it(corpus: Path, tmp
     outcome = fz.run(planned, quiet=True)
     trained = {name.rsplit(".", 1)[0] for name, p in outcome.model.named_parameters() if p.requires_grad}
     assert trained and all(name.startswith(("blocks.2", "norm", "head")) for name in trained)
+
+
+def test_first_recipes_are_written_for_text_and_the_one_for_a_corpus_trains_as_it_stands(
+    table: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = fz.new(str(table))
+    for line in ("model: minilm-l6", "head: new", "freeze: body", "  - text", "  target: topic"):
+        assert line in text, text
+    chinese = tmp_path / "zh.csv"
+    chinese.write_text("text,topic\n" + "".join(f"今天 的 天气 很 好 {i},{'ab'[i % 2]}\n" for i in range(40)), encoding="utf-8")
+    assert "model: encoder-4m" in fz.new(str(chinese))
+    (tmp_path / "r.yaml").write_text(fz.new(str(corpus)))
+    recipe = fz.read("r.yaml", "steps=3", "model.width=16", "model.heads=2", "evaluate=3")
+    assert recipe.task == "language" and recipe.data.tokenizer == "characters"
+    assert fz.run(fz.plan(recipe, runs=tmp_path / "runs", probe=False), quiet=True).result["validation"]["loss"] > 0
+
+
+def test_examples_of_text_are_shown_in_their_tokens(table: Path, corpus: Path) -> None:
+    from fromzero.use.examples import show_examples
+
+    loaded = fz.plan(classify(table, {"from": "encoder", **TINY}), probe=False).loaded
+    shown, values = show_examples(loaded, 2)
+    assert "|" in shown and "tokens)" in shown and "".join(values[0]["pieces"]).startswith("today there was")
+    recipe = {"task": "language", "model": {"from": "decoder", **TINY}, "data": {"train": str(corpus), "tokenizer": "characters"}}
+    assert "the next token, at each token" in show_examples(fz.plan(recipe, probe=False).loaded, 1)[0]

@@ -99,7 +99,7 @@ def test_when_the_disk_is_full_the_older_model_is_still_there(tmp_path, monkeypa
 
     monkeypatch.setattr(folder_module, "write_whole", full)
     monkeypatch.setattr("fromzero.weights.tensors.write_whole", full)
-    with pytest.raises(SourceError, match=r"cannot be written \(No space left on device\); free some space, or choose another folder"):
+    with pytest.raises(SourceError, match=r"cannot be written \(No space left on device\); free some space, or name another"):
         write_folder(tmp_path, {"v": 2}, {"w": torch.zeros(4)}, tokenizer="{}", special={})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 

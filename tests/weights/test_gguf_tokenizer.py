@@ -84,6 +84,17 @@ def test_the_ways_of_cutting_differ_on_digits():
     assert lengths == {"gpt-2": ["1234"], "smollm": list("1234"), "llama-bpe": ["123", "4"], "qwen2": list("1234")}
 
 
+def test_llama_3_takes_a_whole_word_that_no_merge_leads_to():
+    meta = metadata(byte_level("llama-bpe"), "llama-bpe", add_bos_token=False)
+    meta["tokenizer.ggml.tokens"] = [*meta["tokenizer.ggml.tokens"], "zqxj"]
+    meta["tokenizer.ggml.token_type"] = [*meta["tokenizer.ggml.token_type"], 1]
+    tokens = {
+        cut: Tokenizer.from_str(gguf_tokenizer(meta | {"tokenizer.ggml.pre": cut})[0]).encode("zqxj").tokens
+        for cut in ("llama-bpe", "qwen2")
+    }
+    assert tokens == {"llama-bpe": ["zqxj"], "qwen2": list("zqxj")}
+
+
 def test_ends_are_added_where_the_file_says_so():
     made = byte_level("llama-bpe")
     first = Tokenizer.from_str(gguf_tokenizer(metadata(made, "llama-bpe"))[0])
@@ -128,6 +139,19 @@ def test_sentencepiece_is_followed_piece_by_piece(tmp_path, space):
         if line:
             assert ours.encode(line).ids == [1, *theirs.encode(line)], line
             assert ours.decode(ours.encode(line).ids) == line
+
+
+def test_the_best_score_is_merged_first_wherever_its_token_stands():
+    found = {
+        "model": "llama",
+        "tokens": ["<unk>", "a", "b", "c", "ab", "bc"],
+        "token_type": [2, 1, 1, 1, 1, 1],
+        "add_space_prefix": False,
+        "add_bos_token": False,
+    }
+    for scores, wanted in ([0, 0, 0, 0, -1.0, -2.0], ["ab", "c"]), ([0, 0, 0, 0, -2.0, -1.0], ["a", "bc"]):
+        text, _ = gguf_tokenizer({f"tokenizer.ggml.{key}": value for key, value in (found | {"scores": scores}).items()})
+        assert Tokenizer.from_str(text).encode("abc").tokens == wanted
 
 
 @pytest.mark.parametrize(

@@ -224,7 +224,9 @@ def test_a_hub_that_cannot_be_reached_is_as_good_as_offline(cache, found):
     )
 
 
-@pytest.mark.parametrize("source", ["hf:owner", "hf:", "hf:/a/b", "hf:a/b/../c", "hf:a/b@", "ms:a", "hf:a/b/../../etc/passwd", "hf:a b/c"])
+@pytest.mark.parametrize(
+    "source", ["hf:owner", "hf:", "hf:/a/b", "hf:a/b/../c", "hf:a/b@", "ms:a", "hf:a/b/../../etc/passwd", "hf:a/b//etc/passwd", "hf:a b/c"]
+)
 def test_what_is_no_source_of_a_hub_is_refused_with_an_example(source):
     with pytest.raises(SourceError, match=rf"'{source}' is no model of a hub; write hf:owner/name, hf:owner/name@revision or"):
         fetch_hub(source)

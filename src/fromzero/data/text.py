@@ -171,7 +171,8 @@ class TextRows:
         return len(self.table)
 
     def keys(self) -> list[bytes]:
-        return [text.encode("utf-8", "surrogatepass") for text in self.texts]
+        """Texts that differ in white space alone count as one: most tokenizers do not tell them apart."""
+        return [" ".join(text.split()).encode("utf-8", "surrogatepass") for text in self.texts]
 
     def where(self, row: int) -> str:
         return self.table.where(row)

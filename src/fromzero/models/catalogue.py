@@ -29,6 +29,7 @@ from fromzero.models.efficientnet import EfficientNetLite0
 from fromzero.models.encoder_families import ENCODERS, encoder_config
 from fromzero.models.encoder_families import SIZES as ENCODER_SIZES
 from fromzero.models.families import Family
+from fromzero.models.foreign import FOREIGN
 from fromzero.models.mlp import MLP
 from fromzero.models.resnet import ResNet
 from fromzero.models.rnn import RNN
@@ -73,8 +74,8 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Blueprint:
-    """How a module is built: kind is catalogue (a name), family (a published config), code (a class in source text) or
-    written (layer by layer)."""
+    """How a module is built: kind is catalogue (a name), family (a published config), code (a class in source text),
+    written (layer by layer), or by others: foreign (a published config that transformers knows), hub or timm (a name of theirs)."""
 
     kind: str
     name: str
@@ -86,6 +87,8 @@ class Blueprint:
         """raises: ModelError where the class is not there or does not take the options"""
         if self.kind == "written":
             return build_written(self.tree)
+        if self.kind in FOREIGN:
+            return FOREIGN[self.kind](self.name, **self.options)
         make: Callable[..., nn.Module]
         if self.kind == "family":
             make = FAMILIES[self.name].build

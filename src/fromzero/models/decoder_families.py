@@ -52,7 +52,7 @@ def decoder_config(
     tied: bool = True,
     dropout: float = 0.0,
 ) -> dict[str, Any]:
-    """The config.json of a model from zero, so that what is trained becomes a folder that transformers opens.
+    """A language model from zero, as the config.json of a family, so that others open what was trained.
 
     hidden:   gpt2 4 D; else 8/3 D rounded up to 32 as in llama2.c: three matrices with as many parameters as two
     context:  the longest document of gpt2; elsewhere only noted

@@ -34,9 +34,16 @@ _IGNORED = ("*position_ids", "*pooler.*", "*classifier.*", "head.*", "cls.*", "l
 
 
 def encoder_config(
-    *, vocabulary: int, width: int, layers: int, heads: int, hidden: int | None = None, context: int = 512, dropout: float = 0.1
+    *,
+    vocabulary: int,
+    width: int = 256,
+    layers: int = 4,
+    heads: int = 4,
+    hidden: int | None = None,
+    context: int = 512,
+    dropout: float = 0.1,
 ) -> dict[str, Any]:
-    """The config.json of a bert to be trained from zero; hidden: 4 · width if None."""
+    """A text encoder from zero, as the config.json of a bert; hidden: 4 · width if None."""
     shape = {"vocab_size": vocabulary, "hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
     shape |= {"intermediate_size": hidden or 4 * width, "max_position_embeddings": context, "type_vocab_size": 1}
     rest = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": 0.0}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fromzero.errors import ModelError
+from fromzero.models.foreign import Foreign
 from fromzero.models.layers.attention import Attend
 from fromzero.models.stages import find_stages
 
@@ -51,6 +52,7 @@ class ModelFacts:
     attends: bool = False  # with our attention over documents, which has several paths
     stages: tuple[str, ...] = ()  # submodules in the order they run; empty where they could not be found
     no_stages: str = ""  # why
+    foreign: str = ""  # what built it, where that is not fromzero
 
 
 def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, samples: int = 2, rows: int | None = None) -> ModelFacts:
@@ -90,6 +92,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
         attends=any(isinstance(m, Attend) for m in modules.values()),
         stages=stages,
         no_stages=reason,
+        foreign=model.built_by if isinstance(model, Foreign) else "",
     )
 
 

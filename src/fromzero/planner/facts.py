@@ -13,7 +13,7 @@ from fromzero.data import ImageFormat, Loaded, Request, TextAsked, TextExamples,
 from fromzero.data.opening import find_path
 from fromzero.data.table import read_text
 from fromzero.devices import look_at_machine
-from fromzero.errors import ModelError
+from fromzero.errors import DataError, ModelError
 from fromzero.models import inspect_model
 from fromzero.planner.values import Facts
 from fromzero.recipe.schema import Given, ImageInput, Recipe
@@ -46,6 +46,7 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: R
     machine = look_at_machine(recipe.limits.device)
     asked = request(recipe, folders, reader)
     loaded = load_corpus(asked) if recipe.task == "language" else load(asked)
+    _refuse_long_texts(loaded, reader)
     inputs, targets = loaded.train.take(_two(loaded))
     model = build(recipe, loaded)
     name = str(recipe.model.source)
@@ -71,6 +72,21 @@ def _two(loaded: Loaded) -> torch.Tensor:
     if isinstance(loaded.train, TextExamples):
         return loaded.train.lengths.argsort(descending=True)[:2]
     return torch.tensor([0, min(1, len(loaded.train) - 1)])
+
+
+def _refuse_long_texts(loaded: Loaded, reader: Reader) -> None:
+    """Nothing is cut unasked, and a model has no positions beyond its context."""
+    if isinstance(loaded.train, TextExamples) and reader.context is not None and loaded.facts.text is not None:
+        parts = [part.lengths for part in (loaded.train, loaded.validation) if isinstance(part, TextExamples)]
+        lengths = torch.cat(parts)
+        if (long := int((lengths > reader.context).sum())) > 0:
+            raise DataError(
+                f"{long} of {len(lengths)} texts have more tokens than the model has positions: up to {int(lengths.max())}, not {reader.context}",
+                why="nothing is cut unasked",
+                mend=f"data.max_tokens={reader.context} leaves their ends out",
+                file=loaded.facts.source,
+                key="data.max_tokens",
+            )
 
 
 def _refuse_unknown_tokens(model: nn.Module, loaded: Loaded, name: str) -> None:

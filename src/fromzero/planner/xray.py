@@ -178,6 +178,9 @@ def _inputs(facts: Facts) -> Iterator[Finding]:
 
 def _model(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     model = facts.model
+    if model.foreign:
+        why = "fromzero does not write this one: no path of attention is chosen for it, and only fromzero opens its run's folder"
+        yield Finding("note", "foreign", f"the model is built by {model.foreign}", why)
     if recipe.loss_name == "cross_entropy" and model.ends_in == "softmax":
         yield Finding(
             "warning",

@@ -17,14 +17,15 @@ from torch import Tensor, nn
 from fromzero.data import Augmentation, Classes, Examples, Loaded
 from fromzero.data.opening import find_path
 from fromzero.errors import ModelError, RecipeError
-from fromzero.models import Sizes, blueprint_of_file, blueprint_of_name, blueprint_of_object, choose_path, seeded
+from fromzero.models import Blueprint, Sizes, blueprint_of_file, blueprint_of_name, blueprint_of_object, choose_path, seeded
+from fromzero.models.foreign import hub_name
 from fromzero.objectives import LOSSES, Loss, Metrics
 from fromzero.optim import lr_factor, make_optimizer, parameter_groups
 from fromzero.planner.values import Plan
 from fromzero.recipe.schema import Given, OwnLoss, Recipe
 from fromzero.runner.judge import Judge
-from fromzero.runner.origin import Origin, build_published, load_weights
 from fromzero.runner.saved import Design, SavedModel
+from fromzero.runner.start import Start, build_published, load_weights
 from fromzero.tuning import Frozen, freeze, new_head
 
 MEASURED_SAMPLES, MEASURED_TOKENS = 256, 4096
@@ -37,7 +38,7 @@ class Place:
 
     folders: tuple[Path, ...]
     runs: Path
-    origin: Origin = field(default_factory=Origin)
+    start: Start = field(default_factory=Start)
 
 
 @dataclass
@@ -69,15 +70,15 @@ def build_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module
             raise ModelError(f"{type(source.value).__name__} is no model", mend="give a torch.nn.Module, its class, or a name", key="model")
         built = seeded(recipe.seed, lambda: source.value(**options))
         return built, Design(getattr(source.value, "__name__", "model"), blueprint)
-    origin = place.origin
-    if origin.saved is not None:
+    start = place.start
+    if start.saved is not None:
         if options:
             raise RecipeError(f"a trained model takes no options ({', '.join(options)})", mend="remove them", key="model")
-        return origin.saved.load(), origin.saved.design
-    if origin.published is not None:
+        return start.saved.load(), start.saved.design
+    if start.published is not None:
         language = recipe.task == "language"
         fresh = loaded.facts.outputs if recipe.head.new and not language else None
-        model, design = build_published(origin.published, options, per_token=language, fresh_head=fresh, seed=recipe.seed)
+        model, design = build_published(start.published, options, per_token=language, fresh_head=fresh, seed=recipe.seed)
         if (
             not language
             and design.blueprint is not None
@@ -85,20 +86,37 @@ def build_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module
             and "outputs" not in design.blueprint.options
         ):
             raise ModelError(
-                "has no head, only a body that gives embeddings", mend="set head: new", file=origin.published.origin, key="head"
+                "has no head, only a body that gives embeddings", mend="set head: new", file=start.published.origin, key="head"
             )
         return model, design
     if ".py:" in source:
         file, _, name = source.rpartition(":")
         blueprint = blueprint_of_file(find_path(file, place.folders), name, options)
+    elif source.startswith(("hub:", "timm:")):
+        blueprint = _outside(recipe, loaded, place)
     else:
         facts = loaded.facts
         vocabulary = None if facts.text is None else facts.text.vocabulary
         blueprint = blueprint_of_name(source, Sizes(facts.input_shape, facts.outputs, vocabulary, recipe.task == "language"), options)
     model = seeded(recipe.seed, blueprint.build)
-    if recipe.model.weights not in ("auto", "none"):
+    if recipe.model.weights not in ("auto", "none") and blueprint.kind != "hub":
         load_weights(model, recipe.model.weights, place.folders)
     return model, Design(blueprint.name, blueprint)
+
+
+def _outside(recipe: Recipe, loaded: Loaded, place: Place) -> Blueprint:
+    """A model of torch.hub, whose `weights` are an option of its own, or of timm, sized from the data."""
+    source, options, shape = recipe.model.source, recipe.model.options, loaded.facts.input_shape
+    if source.startswith("timm:"):
+        if len(shape) != 3:
+            raise ModelError(f"{source} takes images, the data has inputs of shape {shape}", key="model")
+        return Blueprint("timm", source.removeprefix("timm:"), {"num_classes": loaded.facts.outputs, "in_chans": shape[0], **options})
+    name = hub_name(source, place.folders)
+    if "hub" not in recipe.trust:
+        said = f"'{source}' would run the hubconf.py of {'' if name.startswith('/') else 'github.com/'}{name.rpartition('/')[0]}"
+        raise RecipeError(said, why="code that a source brings along runs only where it is trusted", mend="trust: [hub]", key="trust")
+    weights = {} if recipe.model.weights in ("auto", "none") else {"weights": recipe.model.weights}
+    return Blueprint("hub", name, {**options, **weights})
 
 
 def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
@@ -131,7 +149,7 @@ def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
         factor=lambda step: lr_factor(recipe.schedule.name, step, plan.steps, **schedule),
         augment=_augmentation(recipe, loaded),
         device=device,
-        saved=SavedModel(design, loaded.preparation, recipe.task, recipe.loss_name, Path(), published=place.origin.accompanying),
+        saved=SavedModel(design, loaded.preparation, recipe.task, recipe.loss_name, Path(), published=place.start.accompanying),
     )
 
 

@@ -199,9 +199,9 @@ def find_model(source: str, runs: Path) -> Path:
     model = folder if (folder / "model.json").exists() else folder / "model" if (folder / "model" / "model.json").exists() else folder
     if runs.resolve() not in model.resolve().parents and (model / "model.json").exists():
         blueprint = read_model(model).design.blueprint
-        if blueprint is not None and blueprint.kind == "code":
+        if blueprint is not None and blueprint.kind in ("code", "hub"):
             raise SourceError(
-                f"its model.json brings Python code ({blueprint.name})",
+                f"its model.json runs Python code ({blueprint.name})",
                 why="code of a folder outside your runs is not run",
                 mend=f"if you trust it, move the run into {runs}",
                 file=str(model),

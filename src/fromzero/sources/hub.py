@@ -35,7 +35,7 @@ def fetch_hub(source: str) -> tuple[Path, str]:
     raises: SourceError where the hub, the model, its revision or the file is not to be had; MissingExtra without modelscope
     """
     match = _FORM.fullmatch(source)
-    if match is None or ".." in Path(match["file"] or "").parts:
+    if match is None or {"..", "/"} & set(Path(match["file"] or "").parts):
         raise SourceError(f"'{source}' is no model of a hub", mend="write hf:owner/name, hf:owner/name@revision or hf:owner/name/FILE.gguf")
     hub, name, file, revision = match.groups()
     for globs in ((file,),) if file else _WEIGHTS:

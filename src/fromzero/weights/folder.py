@@ -55,9 +55,9 @@ def write_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
-            digests = {
-                file: write_tensors(Path(new, file), {n: tensors[n] for n in names}, {"format": "pt"}) for file, names in shards.items()
-            }
+            digests = {}
+            for file, names in shards.items():
+                digests[file] = write_tensors(Path(new, file), {name: tensors[name] for name in names}, {"format": "pt"})
             for name, text in texts.items():
                 write_whole(Path(new, name), text.encode())
                 digests[name] = digest_of(Path(new, name))
@@ -66,9 +66,7 @@ def write_folder(
             for name in sorted(digests, key="config.json".__eq__):
                 os.replace(Path(new, name), folder / name)
     except OSError as error:
-        raise SourceError(
-            f"cannot be written ({error.strerror})", mend="free some space, or choose another folder", file=str(folder)
-        ) from None
+        raise SourceError(f"cannot be written ({error.strerror})", mend="free some space, or name another", file=str(folder)) from None
     return digests
 
 

@@ -19,7 +19,7 @@ from fromzero.sources.hub import EXTRAS
 from fromzero.weights.gguf import open_gguf
 from fromzero.weights.gguf_names import gguf_config, gguf_tensors
 from fromzero.weights.gguf_tokenizer import gguf_special, gguf_tokenizer
-from fromzero.weights.tensors import Tensors, open_safetensors, open_shards, read_json
+from fromzero.weights.tensors import Tensors, open_safetensors, open_shards, read_json, some
 from fromzero.weights.torch_files import open_torch
 
 
@@ -150,10 +150,8 @@ def _open_weights(folder: Path) -> Tensors:
         if len(meant) == 1 and meant[0].is_file():
             return opener(meant[0])
         if found:
-            which = ", ".join(path.name for path in found[:4])
-            raise SourceError(
-                f"holds {len(found)} files of weights ({which}) and no {index.name}", mend="name the one meant", file=str(folder)
-            )
+            said = f"holds {len(found)} files of weights ({some([path.name for path in found])}) and no {index.name}"
+            raise SourceError(said, mend="name the one that is meant", file=str(folder))
     raise SourceError("holds no weights", why=foreign_code(folder), mend="a .gguf in it is named with its path", file=str(folder))
 
 

@@ -40,9 +40,7 @@ def open_torch(path: Path) -> Tensors:
                 open_safetensors(written)  # looked at like any other file before it is kept
                 os.replace(written, made)
     except OSError as error:
-        raise SourceError(
-            f"cannot be converted ({error})", mend="free some space, or point XDG_CACHE_HOME elsewhere", file=str(path)
-        ) from None
+        raise SourceError(f"cannot be converted ({error})", mend="free some space, or set XDG_CACHE_HOME", file=str(path)) from None
     found = open_safetensors(made)
     return Tensors(str(path), found.shapes, found.__getitem__)
 

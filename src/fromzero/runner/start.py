@@ -1,4 +1,4 @@
-"""Origin: what a recipe calls its model in; the published weights, the earlier run or nothing that it starts from out.
+"""Start: what a recipe calls its model in; the published weights, the earlier run or nothing that a run begins with out.
 
 It is opened once, before the data is read, because text becomes tokens by the model's own tokenizer.
 """
@@ -10,14 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from fromzero.data import TextFormat
 from fromzero.errors import ModelError, did_you_mean
-from fromzero.models import FAMILIES, MODELS, TEXT_MODELS, blueprint_of_config, seeded
+from fromzero.models import FAMILIES, MODELS, TEXT_MODELS, Blueprint, blueprint_of_config, seeded
+from fromzero.models.foreign import foreign_reads, load_foreign, pixel_scale
 from fromzero.recipe.schema import Recipe
 from fromzero.runner.saved import Design, SavedModel, fill, find_model, read_model
-from fromzero.weights import SHORT_NAMES, Pretrained, open_pretrained, to_ours
+from fromzero.weights import SHORT_NAMES, Pretrained, foreign_code, open_pretrained, to_ours
+from fromzero.weights.tensors import refuse_misfit
 
 _PUBLISHED = ("hf:", "ms:", "pypi:")
 LM_HEAD = "lm_head.weight"
@@ -25,7 +28,7 @@ _FILES = (".gguf", ".safetensors", ".pt", ".pth", ".bin")
 
 
 @dataclass(frozen=True)
-class Origin:
+class Start:
     """Where first weights come from: a saved run, a published model, or neither (fresh ones, or code of the user's own)."""
 
     saved: SavedModel | None = None
@@ -57,32 +60,33 @@ class Origin:
         """Whether the model takes tokens; None where the data decides."""
         if self.saved is not None:
             return isinstance(self.saved.preparation.inputs, TextFormat)
-        if self.published is not None and (family := FAMILIES.get(str(self.published.config.get("model_type")))) is not None:
-            return family.reads == "text"
+        if self.published is not None and (kind := self.published.config.get("model_type")) is not None:
+            family = FAMILIES.get(str(kind))
+            return (_outside(self.published) if family is None else family.reads) == "text"
         return True if recipe.model.source in TEXT_MODELS else None
 
 
-def find_origin(source: object, folders: Sequence[Path], runs: Path, *, fresh: bool = False) -> Origin:
+def find_start(source: object, folders: Sequence[Path], runs: Path, *, fresh: bool = False) -> Start:
     """Open what a recipe's model names, if it names a place.
 
     fresh:  a name of the catalogue means that architecture with fresh weights, even where published ones have the same name
     raises: SourceError where it is not there, cannot be trusted or is no whole model
     """
     if not isinstance(source, str):
-        return Origin()
+        return Start()
     if source.startswith("run:"):
-        return Origin(saved=read_model(find_model(source, runs)))
+        return Start(saved=read_model(find_model(source, runs)))
     if source.startswith(_PUBLISHED) or (source in SHORT_NAMES and not (fresh and source in MODELS)):
-        return Origin(published=open_pretrained(source, folders=folders))
-    if source in MODELS or source in TEXT_MODELS or ".py:" in source or source.startswith("hub:"):
-        return Origin()
+        return Start(published=open_pretrained(source, folders=folders))
+    if source in MODELS or source in TEXT_MODELS or ".py:" in source or source.startswith(("hub:", "timm:")):
+        return Start()
     place = next((folder / source for folder in folders if (folder / source).exists()), None)
     if place is not None and place.is_dir():
         found = find_model(str(place), runs)
         if (found / "model.json").exists():
-            return Origin(saved=read_model(found))
+            return Start(saved=read_model(found))
     if place is not None or source.endswith(_FILES):
-        return Origin(published=open_pretrained(source, folders=folders))
+        return Start(published=open_pretrained(source, folders=folders))
     known = (*MODELS, *TEXT_MODELS, *SHORT_NAMES)
     raise ModelError(
         f"no model is called '{source}', and no file or folder",
@@ -104,17 +108,14 @@ def build_published(
     config, origin = published.config, published.origin
     kind = config.get("model_type")
     family = FAMILIES.get(str(kind))
+    if not kind:
+        mend = "load bare weights into a model: {from: resnet50, weights: FILE}"
+        raise ModelError("has no config.json that says what it is", mend=mend, file=origin, key="model")
     if family is None:
-        raise ModelError(
-            f"its config.json is of model_type '{kind}', which is not written here" if kind else "has no config.json that says what it is",
-            why=f"known are {', '.join(FAMILIES)}",
-            mend="" if kind else "load bare weights into a model: {from: resnet50, weights: FILE}",
-            file=origin,
-            key="model",
-        )
+        return _build_outside(published, options, per_token, fresh_head, seed)
     if per_token is None:
         per_token = family.speaks and not str(config.get("architectures")).endswith("ForSequenceClassification']")
-    asked, ignored = {**_pooling(published), **options}, list(family.ignored)
+    asked, ignored = {**({} if family.speaks else _pooling(published)), **options}, list(family.ignored)
     names = family.names(config, published.tensors.keys())
     head = names.get("head.weight")
     if head is not None and head[0] == (LM_HEAD,) and not per_token:
@@ -130,6 +131,37 @@ def build_published(
     wanted = {ours: theirs for ours, theirs in names.items() if ours in state and ours not in made}
     fill(model, to_ours(published.tensors, wanted, file=origin, ignored=ignored), file=origin, fresh=made)
     return model, Design(str(kind), blueprint)
+
+
+def _outside(published: Pretrained) -> str:
+    """text or image, for a family that transformers builds.  raises: ModelError where it wants more than that"""
+    config, wants = published.config, foreign_code(Path(published.tensors.file).parent)
+    packed = "its weights are packed (quantization_config)" if config.get("quantization_config") else ""
+    reads = "" if config.get("auto_map") or packed else foreign_reads(str(config["model_type"]))
+    if not reads:
+        said = f"its config.json is of model_type '{config['model_type']}', which neither fromzero nor transformers alone can build"
+        raise ModelError(said, why=wants or packed, mend=f"written here are {', '.join(FAMILIES)}", file=published.origin, key="model")
+    return reads
+
+
+def _build_outside(
+    published: Pretrained, options: Mapping[str, Any], per_token: bool | None, fresh_head: int | None, seed: int
+) -> tuple[nn.Module, Design]:
+    kind, reads, config = published.config["model_type"], _outside(published), published.config
+    if options:
+        raise ModelError(f"a model of '{kind}' takes no options here ({', '.join(options)})", mend="change its config.json", key="model")
+    if fresh_head is not None:
+        labels = ("id2label", "label2id", "problem_type")
+        config = {key: value for key, value in config.items() if key not in labels} | {"num_labels": fresh_head}
+    if per_token is None:
+        per_token = reads == "text" and any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.get("architectures") or ())
+    scale = pixel_scale(published.extras.get("preprocessor_config.json", {})) if reads == "image" else {}
+    asked: dict[str, Any] = {"config": config, "per_token": per_token, **scale}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model, misfit = load_foreign(published.tensors, fresh=fresh_head is not None, **asked)
+    refuse_misfit(*misfit, file=published.origin)
+    return model, Design(str(kind), Blueprint("foreign", str(kind), asked))
 
 
 def _pooling(published: Pretrained) -> dict[str, str]:
