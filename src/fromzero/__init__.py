@@ -136,7 +136,7 @@ def plan(
     folders = tuple(dict.fromkeys([beside or Path(), Path()]))
     start = find_start(recipe.model.source, folders, Path(runs), fresh=recipe.model.weights == "none")
     place = Place(folders, Path(runs), start)
-    reader = facts_room.Reader(start.tokenizer, start.context, start.reads_text(recipe))
+    reader = facts_room.Reader(start.tokenizer, start.context, start.reads_text(recipe), start.published is not None)
     seen = facts_room.look(recipe, folders, lambda asked, loaded: build_model(asked, loaded, place)[0], reader)
     made = make(recipe, seen.facts)
     if probe and not any(finding.severity == "error" for finding in made.findings):

@@ -136,6 +136,17 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_is_refused_with_the_pri
     assert "5 more rows would be 80 untrained values" in str(caught.value)
 
 
+def test_a_published_body_without_its_tokenizer_and_weights_none_are_refused(table: Path, tmp_path: Path) -> None:
+    body = published(tmp_path / "body", table)
+    recipe = classify(table, str(body), head="new")
+    recipe["data"] = {"train": str(table)}
+    with pytest.raises(fz.RecipeError, match="names weights, and weights: none wants none"):
+        fz.plan({**recipe, "model": {"from": str(body), "weights": "none"}}, runs=tmp_path / "runs")
+    (body / "tokenizer.json").unlink()
+    with pytest.raises(fz.ModelError, match=r"brings no tokenizer\.json"):
+        fz.plan(recipe, runs=tmp_path / "runs")
+
+
 def test_texts_longer_than_the_model_reads_are_refused_and_cut_only_when_asked(table: Path, tmp_path: Path) -> None:
     body = published(tmp_path / "body", table)
     table.write_text(table.read_text() + f'"{"rain and snow " * 600}",weather\n')

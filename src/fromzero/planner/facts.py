@@ -36,6 +36,7 @@ class Reader:
     tokenizer: str | None = None
     context: int | None = None
     reads_text: bool | None = None
+    published: bool = False  # the weights were made for certain tokens
 
 
 def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: Reader) -> Look:
@@ -107,6 +108,10 @@ def _refuse_unknown_tokens(model: nn.Module, loaded: Loaded, name: str) -> None:
 def _text(recipe: Recipe, folders: tuple[Path, ...], reader: Reader) -> TextAsked:
     data = recipe.data
     tokenizer = data.tokenizer
+    if tokenizer == "auto" and reader.published and reader.reads_text and reader.tokenizer is None:
+        raise ModelError(
+            "brings no tokenizer.json", why="its weights mean nothing for other tokens", mend="name its own", key="data.tokenizer"
+        )
     if tokenizer == "auto":
         tokenizer = reader.tokenizer or "bpe"
     elif tokenizer not in ("characters", "bpe"):

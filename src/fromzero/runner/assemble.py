@@ -76,6 +76,10 @@ def build_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module
             raise RecipeError(f"a trained model takes no options ({', '.join(options)})", mend="remove them", key="model")
         return start.saved.load(), start.saved.design
     if start.published is not None:
+        if recipe.model.weights == "none":
+            raise RecipeError(
+                f"'{source}' names weights, and weights: none wants none", mend="take it out, or name an architecture", key="model.weights"
+            )
         language = recipe.task == "language"
         fresh = loaded.facts.outputs if recipe.head.new and not language else None
         model, design = build_published(start.published, options, per_token=language, fresh_head=fresh, seed=recipe.seed)

@@ -77,7 +77,8 @@ class SavedModel:
     def load(self, given: nn.Module | None = None) -> nn.Module:
         """The module with the kept weights, in eval mode.  raises: SourceError, ModelError"""
         tensors: dict[str, Tensor] = {}
-        for name, sha256 in self.weights.items():
+        digests: dict[str, str | None] = {**self.weights} or {"model.safetensors": None}
+        for name, sha256 in digests.items():
             if name.endswith(".safetensors") and name != FINAL:
                 tensors.update(read_tensors(self.folder / name, sha256=sha256))
         family = self.design.family
