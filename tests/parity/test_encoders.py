@@ -58,8 +58,15 @@ TINY: dict[str, dict[str, Any]] = {
     },
 }
 CASES = [(kind, {}) for kind in TINY] + [("modernbert", {"classifier_pooling": "mean"}), ("bert", {"hidden_act": "gelu_new"})]
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    transformers.logging.set_verbosity(level)
 
 
 class _Wide(ModuleType):
