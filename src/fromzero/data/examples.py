@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 Inputs = tuple[Tensor, ...]
+IGNORED = -100  # a target with this value asks for no prediction
 
 
 class Examples(Protocol):

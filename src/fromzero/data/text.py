@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fromzero.data.tokens as tk
-from fromzero.data.examples import Examples, Inputs
+from fromzero.data.examples import IGNORED, Examples, Inputs
 from fromzero.data.table import Table
 from fromzero.errors import DataError
 
@@ -61,6 +61,8 @@ class TextExamples:
     starts:  (M,) where each example begins;  lengths: (M,)
     answers: (M, …) targets of the examples; None: each token's target is the next one of `flat`
     cut:     examples that were shortened
+    trained: bool for each of `flat`: whether it is to be predicted; None: all are
+    bytes:   UTF-8 length of what the targets say, for bits a byte; 0 where that is not asked
     """
 
     flat: Tensor
@@ -68,6 +70,8 @@ class TextExamples:
     lengths: Tensor
     answers: Tensor | None
     cut: int = 0
+    trained: Tensor | None = None
+    bytes: int = 0
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -77,12 +81,15 @@ class TextExamples:
         return self.lengths[:, None] if self.answers is None else self.answers
 
     def take(self, index: Tensor) -> tuple[Inputs, Tensor]:
-        """index: (B,)  returns: ((N,) int64 tokens, (B + 1,) int64 offsets), and (B, …) answers or (N,) next tokens"""
+        """index: (B,)  returns: ((N,) int64 tokens, (B + 1,) int64 offsets), and (B, …) answers or (N,) next tokens, IGNORED where not trained"""
         lengths = self.lengths[index]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
         place = torch.arange(int(offsets[-1])) + torch.repeat_interleave(self.starts[index] - offsets[:-1], lengths)  # (N,)
         inputs = (self.flat[place].long(), offsets)
-        return inputs, self.flat[place + 1].long() if self.answers is None else self.answers[index]
+        if self.answers is not None:
+            return inputs, self.answers[index]
+        following = self.flat[place + 1].long()  # (N,)
+        return inputs, following if self.trained is None else following.where(self.trained[place + 1], IGNORED)
 
     def facts(self, form: TextFormat) -> TextFacts:
         unknown = tk.unknown_id(form.tokenizer)

@@ -202,17 +202,22 @@ class Decoder(nn.Module):
 
     def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """tokens: (N,) int64.  offsets: (B + 1,) int64.  returns: (N, V), or (B, K) with outputs"""
+        return self.scores(self.states(tokens, offsets))
+
+    def states(self, tokens: Tensor, offsets: Tensor) -> Tensor:
+        """What the head reads.  returns: (N, D), or (B, D) with outputs: each document's last token"""
         documents = documents_of(tokens, offsets)
         x = self.embedding(tokens, documents)
         turned = {rope: turns(rope, documents, dtype=x.dtype) for rope in self.ropes}
         for block, layer in zip(self.blocks, self.config.layers, strict=True):
             x = block(x, documents, turned[layer.rope] if layer.rope is not None else None)
-        if self.outputs is not None and self.head is not None:
-            scores: Tensor = self.head(self.norm(x[documents.last]))  # (B, K)
-            return scores
-        x = self.norm(x)
+        return x if self.outputs is None else x[documents.last]
+
+    def scores(self, states: Tensor) -> Tensor:
+        """Row by row, so that only rows whose scores are wanted need be given.  states: (N, D).  returns: (N, V) or (N, K)"""
+        x = self.norm(states)
         logits: Tensor = F.linear(x, self.embedding.tokens.weight) if self.head is None else self.head(x)  # (N, V)
-        cap = self.config.logits_cap
+        cap = self.config.logits_cap if self.outputs is None else None
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @torch.no_grad()
