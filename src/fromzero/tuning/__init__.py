@@ -1,6 +1,22 @@
-"""Tuning: a module in, the same module with a part frozen or a new head out."""
+"""Tuning: a module in, the same module with a part frozen, a new head or low-rank adapters out."""
 
 from fromzero.tuning.freeze import Frozen, find_frozen, freeze, frozen_digest, set_training
 from fromzero.tuning.head import new_head
+from fromzero.tuning.lowrank import LowRank, add_adapters, choose_lowrank_path, merge_adapters
+from fromzero.tuning.quantized import QuantizedLinear
+from fromzero.tuning.targets import choose_targets
 
-__all__ = ["Frozen", "find_frozen", "freeze", "frozen_digest", "new_head", "set_training"]
+__all__ = [
+    "Frozen",
+    "LowRank",
+    "QuantizedLinear",
+    "add_adapters",
+    "choose_lowrank_path",
+    "choose_targets",
+    "find_frozen",
+    "freeze",
+    "frozen_digest",
+    "merge_adapters",
+    "new_head",
+    "set_training",
+]

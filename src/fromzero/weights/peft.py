@@ -1,0 +1,139 @@
+"""Adapters: settings and tensors in, the two files that PEFT writes and reads out, and back, strictly. Knows names and tensors, no model.
+
+Format: adapter_config.json and adapter_model.safetensors as `peft` 0.21 writes them (LoraConfig, save_pretrained).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from fromzero.errors import SourceError
+from fromzero.sources.cache import write_whole
+from fromzero.weights.tensors import open_safetensors, read_json, some, write_tensors
+from fromzero.weights.translate import TensorMap, to_theirs
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_LEAVES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
+
+# Keys that are read, or do not change what the tensors mean: they name the base, or choose modules, which the tensors name themselves.
+_FREE = {"r", "lora_alpha", "lora_dropout", "peft_version", "base_model_name_or_path", "revision", "task_type", "auto_mapping"}
+_FREE |= {"inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"}
+_FREE |= {"ensure_weight_tying", "megatron_core", "qalora_group_size"}
+# Keys of which these values are done. Other initialisations change the base's weights. A key named nowhere must be null or empty.
+_DONE: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, "gaussian", "orthogonal", "eva"),
+    "use_rslora": (True,),
+    "use_dora": (True,),
+    "fan_in_fan_out": (True,),
+}
+
+
+@dataclass(frozen=True)
+class PeftSettings:
+    """What an adapter is beside its tensors.
+
+    base:        the published model that it belongs to
+    transposed:  whether the base's file keeps its matrices (inputs, outputs), as GPT-2's does
+    """
+
+    rank: int
+    alpha: float
+    rank_stabilised: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    base: str = ""
+    transposed: bool = False
+
+
+def peft_names(layers: Mapping[str, Sequence[str]], parts: Mapping[str, Sequence[int]], settings: PeftSettings) -> TensorMap:
+    """The map between our tensors and those of the file, for to_ours and to_theirs.
+
+    layers: our module → the published modules that its rows are, in their order
+    parts:  our module → the rows of each
+    """
+    found: dict[str, tuple[tuple[str, ...], str, tuple[int, ...]]] = {}
+    for module, published in layers.items():
+        rows = {"a": (settings.rank,) * len(published), "b": tuple(parts[module])}
+        rows |= {"magnitude": rows["b"]} if settings.dora else {}
+        for leaf, sizes in rows.items():
+            found[f"{module}.{leaf}"] = (tuple(f"{_PREFIX}{name}.{_LEAVES[leaf]}" for name in published), "cat", sizes)
+    return found
+
+
+def write_peft(
+    folder: Path, settings: PeftSettings, tensors: Mapping[str, Tensor], names: TensorMap, extra: Mapping[str, Tensor] | None = None
+) -> dict[str, str]:
+    """Write an adapter that peft.PeftModel.from_pretrained loads; the config, which comes last, makes it one.
+
+    tensors, names: ours, and what peft_names gives for them
+    extra:          whole tensors that trained beside the adapters, by published name
+    returns:        SHA-256 by file name
+    raises:         SourceError where it cannot be written
+    """
+    extra = dict(extra or {})
+    firsts = [theirs for ours, (keys, _, _) in names.items() if ours.endswith(".a") for theirs in keys]
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": settings.base or None,
+        "r": settings.rank,
+        "lora_alpha": settings.alpha,
+        "lora_dropout": settings.dropout,
+        "use_rslora": settings.rank_stabilised,
+        "use_dora": settings.dora,
+        "target_modules": [name.removeprefix(_PREFIX).removesuffix(f".{_LEAVES['a']}") for name in firsts],
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in extra}) or None,
+        "bias": "none",
+        "fan_in_fan_out": settings.transposed,
+        "init_lora_weights": True,
+        "inference_mode": True,
+    }
+    theirs = to_theirs(tensors, names) | {_PREFIX + name: tensor for name, tensor in extra.items()}
+    text = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        (folder / CONFIG).unlink(missing_ok=True)
+        digest = write_tensors(folder / TENSORS, theirs, {"format": "pt"})
+        write_whole(folder / CONFIG, text)
+    except OSError as error:
+        raise SourceError(f"cannot be written ({error.strerror})", mend="free some space, or name another", file=str(folder)) from None
+    return {TENSORS: digest, CONFIG: hashlib.sha256(text).hexdigest()}
+
+
+def read_peft(folder: Path) -> tuple[PeftSettings, dict[str, Tensor], dict[str, Tensor]]:
+    """returns: the settings; the adapters' tensors under the names of the file, for to_ours; whole tensors by published name
+
+    raises: SourceError naming each key of the config that asks for what is not done here, and tensors that are of no module
+    """
+    config, file = read_json(folder / CONFIG), str(folder / CONFIG)
+    wrong = [f"{key} = {json.dumps(value)[:60]}" for key, value in ({"peft_type": ""} | config).items() if not _done(key, value)]
+    if wrong:
+        why = "adapters here are LoRA, rank-stabilised or not, or DoRA"
+        raise SourceError(f"asks for what is not done here: {'; '.join(wrong)}", why=why, file=file)
+    rank, alpha, dropout = config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)
+    if type(rank) is not int or rank < 1 or not all(type(n) in (int, float) and math.isfinite(n) for n in (alpha, dropout)):
+        raise SourceError(f"r, lora_alpha and lora_dropout are no numbers for an adapter: {rank!r}, {alpha!r}, {dropout!r}", file=file)
+    stabilised, dora, transposed = (config.get(key) is True for key in ("use_rslora", "use_dora", "fan_in_fan_out"))
+    settings = PeftSettings(rank, alpha, stabilised, dora, dropout, str(config.get("base_model_name_or_path") or ""), transposed)
+    tensors = open_safetensors(folder / TENSORS)
+    if strange := [name for name in tensors if not name.startswith(_PREFIX)]:
+        raise SourceError(f"has tensors that belong to no module of a model: {some(strange)}", file=tensors.file)
+    adapters = {name for name in tensors if name.endswith((*_LEAVES.values(),))}
+    extra = {name.removeprefix(_PREFIX): tensors[name] for name in tensors if name not in adapters}
+    return settings, {name: tensors[name] for name in tensors if name in adapters}, extra
+
+
+def _done(key: str, value: Any) -> bool:
+    if key in _FREE or (key != "peft_type" and value in (None, False, {}, [], "")):
+        return True
+    return any(value == known and type(value) is type(known) for known in _DONE.get(key, ()))
