@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fromzero.errors import SourceError
 from fromzero.sources.cache import write_whole
-from fromzero.weights.tensors import open_safetensors, read_json, some, write_tensors
-from fromzero.weights.translate import TensorMap, to_theirs
+from fromzero.weights.tensors import check_fit, open_safetensors, read_json, some, write_tensors
+from fromzero.weights.translate import TensorMap, to_ours, to_theirs
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -56,33 +57,28 @@ class PeftSettings:
     transposed: bool = False
 
 
-def peft_names(layers: Mapping[str, Sequence[str]], parts: Mapping[str, Sequence[int]], settings: PeftSettings) -> TensorMap:
-    """The map between our tensors and those of the file, for to_ours and to_theirs.
-
-    layers: our module → the published modules that its rows are, in their order
-    parts:  our module → the rows of each
-    """
-    found: dict[str, tuple[tuple[str, ...], str, tuple[int, ...]]] = {}
-    for module, published in layers.items():
-        rows = {"a": (settings.rank,) * len(published), "b": tuple(parts[module])}
-        rows |= {"magnitude": rows["b"]} if settings.dora else {}
-        for leaf, sizes in rows.items():
-            found[f"{module}.{leaf}"] = (tuple(f"{_PREFIX}{name}.{_LEAVES[leaf]}" for name in published), "cat", sizes)
-    return found
-
-
 def write_peft(
-    folder: Path, settings: PeftSettings, tensors: Mapping[str, Tensor], names: TensorMap, extra: Mapping[str, Tensor] | None = None
+    folder: Path,
+    settings: PeftSettings,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, Sequence[str]],
+    parts: Mapping[str, Sequence[int]],
+    extra: Mapping[str, Tensor] | None = None,
 ) -> dict[str, str]:
     """Write an adapter that peft.PeftModel.from_pretrained loads; the config, which comes last, makes it one.
 
-    tensors, names: ours, and what peft_names gives for them
-    extra:          whole tensors that trained beside the adapters, by published name
-    returns:        SHA-256 by file name
-    raises:         SourceError where it cannot be written
+    tensors: {module}.a, .b and, with DoRA, .magnitude of each module
+    layers:  module → the published modules that its rows are, in their order; one whose A and B are zero is left out
+    parts:   module → the rows of each
+    extra:   whole tensors that trained beside the adapters, by published name
+    returns: SHA-256 by file name
+    raises:  SourceError where it cannot be written
     """
     extra = dict(extra or {})
-    firsts = [theirs for ours, (keys, _, _) in names.items() if ours.endswith(".a") for theirs in keys]
+    theirs = to_theirs(tensors, _names(layers, parts, settings))
+    published = [name for names in layers.values() for name in names]
+    kept = [name for name in published if settings.dora or any(theirs[_key(name, leaf)].any() for leaf in "ab")]
+    theirs = {_key(name, leaf): theirs[_key(name, leaf)] for name in kept for leaf in _leaves(settings)}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -92,14 +88,14 @@ def write_peft(
         "lora_dropout": settings.dropout,
         "use_rslora": settings.rank_stabilised,
         "use_dora": settings.dora,
-        "target_modules": [name.removeprefix(_PREFIX).removesuffix(f".{_LEAVES['a']}") for name in firsts],
+        "target_modules": kept,
         "modules_to_save": sorted({name.rpartition(".")[0] for name in extra}) or None,
         "bias": "none",
         "fan_in_fan_out": settings.transposed,
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    theirs = to_theirs(tensors, names) | {_PREFIX + name: tensor for name, tensor in extra.items()}
+    theirs |= {_PREFIX + name: tensor for name, tensor in extra.items()}
     text = (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
     try:
         (folder / CONFIG).unlink(missing_ok=True)
@@ -111,7 +107,7 @@ def write_peft(
 
 
 def read_peft(folder: Path) -> tuple[PeftSettings, dict[str, Tensor], dict[str, Tensor]]:
-    """returns: the settings; the adapters' tensors under the names of the file, for to_ours; whole tensors by published name
+    """returns: the settings; the adapters' tensors under the names of the file, for from_peft; whole tensors by published name
 
     raises: SourceError naming each key of the config that asks for what is not done here, and tensors that are of no module
     """
@@ -121,7 +117,8 @@ def read_peft(folder: Path) -> tuple[PeftSettings, dict[str, Tensor], dict[str, 
         why = "adapters here are LoRA, rank-stabilised or not, or DoRA"
         raise SourceError(f"asks for what is not done here: {'; '.join(wrong)}", why=why, file=file)
     rank, alpha, dropout = config.get("r", 8), config.get("lora_alpha", 8), config.get("lora_dropout", 0.0)
-    if type(rank) is not int or rank < 1 or not all(type(n) in (int, float) and math.isfinite(n) for n in (alpha, dropout)):
+    numbers = all(type(n) in (int, float) and math.isfinite(n) for n in (alpha, dropout))
+    if type(rank) is not int or rank < 1 or not numbers or not 0 <= dropout < 1:
         raise SourceError(f"r, lora_alpha and lora_dropout are no numbers for an adapter: {rank!r}, {alpha!r}, {dropout!r}", file=file)
     stabilised, dora, transposed = (config.get(key) is True for key in ("use_rslora", "use_dora", "fan_in_fan_out"))
     settings = PeftSettings(rank, alpha, stabilised, dora, dropout, str(config.get("base_model_name_or_path") or ""), transposed)
@@ -131,6 +128,50 @@ def read_peft(folder: Path) -> tuple[PeftSettings, dict[str, Tensor], dict[str, 
     adapters = {name for name in tensors if name.endswith((*_LEAVES.values(),))}
     extra = {name.removeprefix(_PREFIX): tensors[name] for name in tensors if name not in adapters}
     return settings, {name: tensors[name] for name in tensors if name in adapters}, extra
+
+
+def from_peft(
+    tensors: Mapping[str, Tensor],
+    settings: PeftSettings,
+    layers: Mapping[str, Sequence[str]],
+    parts: Mapping[str, Sequence[int]],
+    *,
+    file: str,
+) -> dict[str, Tensor]:
+    """What read_peft read, under our names, for the modules that the file adapts; layers and parts as in write_peft.
+
+    A published module that the file leaves out beside others of its layer gets an A and a B of zeros: it has no gradient then, does
+    nothing, and is left out again where the adapter is written.
+
+    raises: SourceError listing what is missing, extra, or of another shape
+    """
+    adapted = {module: names for module, names in layers.items() if any(_key(name, "a") in tensors for name in names)}
+    whole, wanted = dict(tensors), {}
+    for module, published in adapted.items():
+        first = next(tensors[_key(name, "a")] for name in published if _key(name, "a") in tensors)
+        for name, rows in zip(published, parts[module], strict=True):
+            shapes = {"a": (settings.rank, *first.shape[1:]), "b": (rows, settings.rank), "magnitude": (rows,)}
+            absent = not settings.dora and not any(_key(name, leaf) in tensors for leaf in _LEAVES)
+            for leaf in _leaves(settings):
+                wanted[_key(name, leaf)] = torch.empty(shapes[leaf], device="meta")
+                if absent:
+                    whole[_key(name, leaf)] = first.new_zeros(()).expand(shapes[leaf])  # of no memory, until its shape was found to fit
+    check_fit(wanted, whole, file=file)
+    return to_ours(whole, _names(adapted, parts, settings), file=file)
+
+
+def _names(layers: Mapping[str, Sequence[str]], parts: Mapping[str, Sequence[int]], settings: PeftSettings) -> TensorMap:
+    sizes = {(module, leaf): tuple(parts[module]) for module in layers for leaf in _leaves(settings)}
+    sizes |= {(module, "a"): (settings.rank,) * len(layers[module]) for module in layers}
+    return {f"{m}.{leaf}": (tuple(_key(name, leaf) for name in layers[m]), "cat", rows) for (m, leaf), rows in sizes.items()}
+
+
+def _key(published: str, leaf: str) -> str:
+    return f"{_PREFIX}{published}.{_LEAVES[leaf]}"
+
+
+def _leaves(settings: PeftSettings) -> list[str]:
+    return [leaf for leaf in _LEAVES if settings.dora or leaf != "magnitude"]
 
 
 def _done(key: str, value: Any) -> bool:
