@@ -85,3 +85,24 @@ def byte_pairs(texts: Sequence[str], vocabulary: int) -> str:
     )
     tokenizer.train_from_iterator(texts, trainer)
     return str(tokenizer.to_str())
+
+
+@lru_cache(maxsize=8)
+def _bare(text: str) -> Tokenizer:
+    """Without its last stage, which cuts white space off the spans."""
+    return _read(json.dumps({**json.loads(text), "post_processor": None}))
+
+
+def encode_spans(tokenizer: str, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """Token ids of each text as it stands, and the characters (begin, end) that each token covers, in full or in part."""
+    return [(one.ids, one.offsets) for one in _bare(tokenizer).encode_batch(list(texts), add_special_tokens=False)]
+
+
+def special_tokens(tokenizer: str) -> dict[str, bool]:
+    """The texts that become one token wherever they stand, and whether the tokenizer calls them special."""
+    return {token.content: token.special for token in _read(tokenizer).get_added_tokens_decoder().values()}
+
+
+def texts_of(tokenizer: str, ids: Sequence[int]) -> set[str]:
+    """How some tokens are written in the tokenizer's own vocabulary."""
+    return {text for text in map(_read(tokenizer).id_to_token, ids) if text is not None}
