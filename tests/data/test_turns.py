@@ -236,6 +236,7 @@ def test_the_generation_mark_changes_no_text_and_a_digest_is_stable():
     messages = chat("a", "b").messages
     marked = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% if loop.last %}{% break %}{% endif %}{% endfor %}"
     assert render(marked, {}, [Job(messages)]) == ["ab"]
+    assert render("{{ messages[0].content is defined }}", {}, [Job([{"role": "user", "content": None}])]) == ["False"]
     assert template_digest("{{ bos_token }}") == "38924663eb3df1cd5aca30e34168f06d9b884a78b5d25426b14f675456a66eec"
 
 

@@ -176,9 +176,9 @@ def _draft(conversation: Conversation, turns: str, ending: _Ending) -> Generator
             end = stop.end() if (stop := ending.anywhere.search(text, len(prompt))) else None
         if end:
             spans[i] = (len(prompt), end)
-    lost = {i: prompt for i, prompt in zip(answers, before, strict=True) if i not in spans}
+    lost = [i for i in answers if i not in spans]
     marked = (yield [replace(whole, messages=[*plain[:i], {**plain[i], "content": MARK}, *plain[i + 1 :]]) for i in lost]) if lost else []
-    for (i, prompt), seen in zip(lost.items(), marked, strict=True):
+    for i, seen in zip(lost, marked, strict=True):
         head, _, tail = (MARK * 2 if isinstance(seen, Fault) else seen + closing).partition(MARK)
         begin, end = len(head), len(text) - len(tail)
         ended = ending.of(text, begin, end) if begin <= end and text.startswith(head) and text.endswith(tail) and MARK not in tail else None
@@ -188,11 +188,7 @@ def _draft(conversation: Conversation, turns: str, ending: _Ending) -> Generator
                 why="the chat template writes it otherwise than other answers, or no token that stops the model follows it",
                 file=where,
             )
-        if text.startswith(prompt) and len(prompt) <= begin:
-            begin = len(prompt)
-        elif head.endswith(ending.lead):
-            begin -= len(ending.lead)
-        spans[i] = (begin, ended)
+        spans[i] = (begin - len(ending.lead) if head.endswith(ending.lead) else begin, ended)
     return _Draft(text, list(spans.values()), any(_is_empty(messages[i]) for i in answers))
 
 
