@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from fromzero.data.columns import ColumnFacts, as_word
+from fromzero.data.corpus import survey
 from fromzero.data.images import GREY_MODES, ImageFormat, find_images, image_header
 from fromzero.data.language import read_corpus
 from fromzero.data.opening import Request, open_source
@@ -94,8 +96,8 @@ def describe(source: str, *, task: str | None = None, target: str | None = None)
 def _corpus(source: str) -> Description:
     corpus = read_corpus(source, Request(train=source))
     why = {"task": "text to be gone on with"}
-    rows = sum(map(len, corpus.documents))
-    return Description(source, "corpus", rows, "language", None, (), (), (), {}, None, True, why, _latin(corpus.documents))
+    some = [next(iter(blocks), "") for blocks in islice(corpus.documents(), 200)]
+    return Description(source, "corpus", survey(corpus).characters, "language", None, (), (), (), {}, None, True, why, _latin(some))
 
 
 def _latin(texts: Sequence[str]) -> bool:

@@ -1,32 +1,30 @@
-"""Language: a corpus in, pieces of text whose every token is predicted out. A document never runs into another.
+"""Language: a corpus in, pieces of text whose every token is predicted out. A document runs into another only where a stream is asked for.
 
-Dims: M examples.
+Dims: M examples, D documents.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+import fromzero.data.tokens as tk
 from fromzero.data.answers import Soft
 from fromzero.data.columns import inspect_column
+from fromzero.data.corpus import Corpus, Part, content_key, fit, folder_of, pieces, survey
 from fromzero.data.load import DataFacts, Loaded, Preparation
 from fromzero.data.opening import TABLES, Request, find_path
-from fromzero.data.split import hold_out
-from fromzero.data.table import missing, read_table, read_text
-from fromzero.data.text import TextExamples, TextFormat, fit_text, next_tokens
+from fromzero.data.split import hold_out_contents
+from fromzero.data.table import Table, missing, read_blocks, read_parts, read_table, read_text
+from fromzero.data.text import TextExamples, TextFormat
 from fromzero.errors import DataError
 
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents as they were read."""
-
-    name: str
-    documents: Sequence[str]
+IN_MEMORY = 64 * 2**20  # bytes of files: a corpus of more is read as a stream, and its tokens are kept in the cache
 
 
 def load_corpus(request: Request) -> Loaded:
@@ -36,17 +34,17 @@ def load_corpus(request: Request) -> Loaded:
     raises: DataError where there is no text, or too little to hold some out
     """
     corpus = read_corpus(request.train, request)
-    if request.validation is not None:
-        train, held = list(corpus.documents), list(read_corpus(request.validation, request).documents)
-    else:
-        train, held = _split(corpus.documents, request.hold_out, request.seed)
-    form = fit_text(request.text, train, "text", special=False)
-    examples, validation = next_tokens(form, train), next_tokens(form, held) if held else None
+    train = survey(corpus)
+    held = survey(read_corpus(request.validation, request)) if request.validation is not None else None
+    if held is None and request.hold_out:
+        train, held = _split(train, request.hold_out, request.seed)
+    form = fit(request.text, train)
+    examples, validation = pieces(form, train), pieces(form, held) if held is not None and len(held.contents) else None
     if not len(examples) or (validation is not None and not len(validation)):
-        raise DataError(
-            "is too short: a document needs two tokens", why=f"{sum(map(len, train))} characters to learn from", file=corpus.name
-        )
+        raise DataError("is too short: a document needs two tokens", why=f"{train.characters} characters to learn from", file=corpus.name)
     facts = examples.facts(form)
+    contents = held.contents if held is not None else train.contents[:0]
+    kept = [(part.corpus, made) for part, made in ((train, examples), (held, validation)) if part is not None and made is not None]
     return Loaded(
         examples,
         validation,
@@ -62,9 +60,9 @@ def load_corpus(request: Request) -> Loaded:
             train_counts={},
             validation_counts={},
             columns={},
-            notes=(),
-            repeats=len(train) - len(set(train)),
-            shared=len(set(train) & set(held)),
+            notes=tuple(_notes(form, corpus, request.text.tokenizer)),
+            repeats=len(train.contents) - len(np.unique(train.contents)),
+            shared=len(np.intersect1d(train.contents, contents)),
             conflicting=0,
             lowest=0.0,
             highest=0.0,
@@ -72,60 +70,94 @@ def load_corpus(request: Request) -> Loaded:
             target_mean=(),
             target_std=(),
             given_indices=False,
-            bytes=examples.flat.nbytes + (0 if validation is None else validation.flat.nbytes),
-            digest=_digest(form, train, held),
+            bytes=sum((0 if part.folder else made.flat.nbytes) + 16 * len(made) for part, made in kept),
+            digest=content_key(form.tokenizer, train.contents.tobytes(), contents.tobytes()),
             text=facts,
         ),
     )
 
 
+def _notes(form: TextFormat, corpus: Corpus, tokenizer: str) -> Iterator[str]:
+    if corpus.folder is not None:
+        yield f"the text is larger than {IN_MEMORY >> 20} MiB: it is read as a stream, and its tokens are kept in {corpus.folder}"
+    if form.stream and tokenizer == "characters":
+        yield f"{tk.END} is a token more than the characters: it stands between documents"
+
+
 def corpus_again(source: Any, form: TextFormat, request: Request) -> TextExamples:
     """Other text in the pieces and tokens of a run, for evaluation."""
-    return next_tokens(form, read_corpus(source, request).documents)
+    return pieces(form, survey(read_corpus(source, request)))
 
 
 def read_corpus(source: Any, request: Request) -> Corpus:
-    """A text file is one document; a folder has one in each .txt file, a table one in each row of its text column."""
-    if isinstance(source, str) and len(source) < 4096 and Path(source).suffix.lower() not in TABLES:
-        path = find_path(source, request.folders)
-        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
-        documents = [read_text(file) for file in files]
-        if not any(text.strip() for text in documents):
-            raise DataError(
-                f"holds no text ({len(files)} text files)", file=str(path), mend="name a .txt file, a folder of them, or a table"
-            )
-        return Corpus(str(path), [text for text in documents if text.strip()])
+    """A text file is one document; a folder has one in each .txt file, a table one in each row of its text column.
+
+    raises: DataError where there is no text; where some of it cannot be read, now if it is small, or else when it is
+    """
     if isinstance(source, (list, tuple)) and all(isinstance(text, str) for text in source):
-        return Corpus("texts given from Python", list(source))
+        return _in_memory("texts given from Python", source)
     if not isinstance(source, str):
         raise DataError(
             f"{type(source).__name__} is no corpus", mend="name a .txt file, a folder of them or a table, or give a list of texts"
         )
-    table = read_table(find_path(source, request.folders))
+    path = find_path(source, request.folders)
+    if path.suffix.lower() in TABLES:
+        return _of_table(path, request)
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    if sum(file.stat().st_size for file in files) > IN_MEMORY:
+        return Corpus(str(path), lambda: _of_files(files), folder_of(files, None))
+    documents = [text for text in map(read_text, files) if text.strip()]
+    if not documents:
+        raise DataError(f"holds no text ({len(files)} text files)", file=str(path), mend="name a .txt file, a folder of them, or a table")
+    return _in_memory(str(path), documents)
+
+
+def _in_memory(name: str, documents: Iterable[str]) -> Corpus:
+    return Corpus(name, lambda: ([text] for text in documents))
+
+
+def _of_files(files: list[Path]) -> Iterator[Iterable[str]]:
+    for file in files:
+        blocks = read_blocks(file)
+        begin = list(islice(blocks, 2))
+        if len(begin) > 1 or "".join(begin).strip():
+            yield chain(begin, blocks)
+
+
+def _of_table(path: Path, request: Request) -> Corpus:
+    if path.stat().st_size <= IN_MEMORY:
+        table = read_table(path)
+        return _in_memory(table.file, list(_texts(table, _column(table, request))))
+    column = _column(next(read_parts(path)), request)
+    return Corpus(
+        str(path), lambda: ([text] for part in read_parts(path, column) for text in _texts(part, column)), folder_of([path], column)
+    )
+
+
+def _texts(table: Table, column: str) -> Iterator[str]:
+    return (str(cell) for cell in table.columns.get(column, ()) if not missing(cell))
+
+
+def _column(table: Table, request: Request) -> str:
     texts = [name for name, cells in table.columns.items() if inspect_column(name, cells).kind == "text"]
     column = request.columns[0] if request.columns else "text" if "text" in table.columns else texts[0] if len(texts) == 1 else None
-    if column not in table.columns:
+    if column is None or column not in table.columns:
         raise DataError(
             f"has no column '{column}'" if column else "does not say which column is the text",
             mend=f"name it with data.input; the columns are {', '.join(list(table.columns)[:12])}",
             file=table.file,
             key="data.input",
         )
-    return Corpus(table.file, [str(cell) for cell in table.columns[column] if not missing(cell)])
+    return column
 
 
-def _split(documents: Sequence[str], share: float, seed: int) -> tuple[list[str], list[str]]:
-    if not share:
-        return list(documents), []
-    if len(documents) == 1:
-        at = round(len(documents[0]) * (1 - share))
-        return [documents[0][:at]], [documents[0][at:]]
-    kept, held = hold_out([text.encode("utf-8", "surrogatepass") for text in documents], [""] * len(documents), share, seed)
-    return [documents[i] for i in kept], [documents[i] for i in held]
-
-
-def _digest(form: TextFormat, train: Sequence[str], held: Sequence[str]) -> str:
-    digest = hashlib.sha256(form.tokenizer.encode())
-    for text in (*train, "", *held):
-        digest.update(text.encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()
+def _split(part: Part, share: float, seed: int) -> tuple[Part, Part]:
+    if len(part.contents) == 1:
+        at = round(part.characters * (1 - share))
+        return (
+            replace(part, lengths=np.array([at]), span=(0, at)),
+            replace(part, contents=part.contents + 1, lengths=part.lengths - at, span=(at, part.characters)),
+        )
+    held = hold_out_contents(part.contents, share, seed)
+    kept, aside = (replace(part, contents=part.contents[rows], lengths=part.lengths[rows], chosen=rows) for rows in (~held, held))
+    return kept, aside

@@ -1,9 +1,14 @@
-"""Order and draws: (seed, epoch, sample) in, a permutation or random numbers out; nothing else enters."""
+"""Order and draws: (seed, epoch, sample) in, a permutation or random numbers out; an order and lengths in, batches out.
+
+Nothing else enters. Dims: M examples.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from fromzero.errors import DataError
 
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -14,6 +19,38 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     """The order of the examples in an epoch: (count,) int64, a permutation fixed by seed and epoch."""
     generator = torch.Generator().manual_seed(_mixed_seed(seed, epoch))
     return torch.randperm(count, generator=generator)
+
+
+def count_batches(lengths: Tensor, tokens: int) -> int:
+    """How many batches of about `tokens` tokens an epoch has, in whatever order.
+
+    It is ceil(total / tokens), or one fewer where a batch would then be smaller than the longest example: a batch of
+    total / n tokens or more may begin inside an example and still holds the beginning of the next, so none is empty.
+    lengths: (M,) of the examples, from 1 on.  raises: DataError where an example is longer than a batch
+    """
+    longest, total = int(lengths.max()), int(lengths.sum())
+    if longest > tokens:
+        raise DataError(
+            f"{tokens} is smaller than the longest example ({longest} tokens)",
+            mend="raise it, or set data.max_tokens",
+            key="batch.tokens",
+        )
+    return min(-(-total // tokens), total // longest)
+
+
+def epoch_batches(lengths: Tensor, order: Tensor, tokens: int) -> Tensor:
+    """Cut an epoch's order into n = count_batches batches of about equal token count; no example is cut, no batch empty.
+
+    An example whose first token is the epoch's s-th belongs to batch floor(s · n / total).
+    lengths, order:  (M,) int64
+    returns:         (n + 1,) int64 edges: batch b is order[edges[b]:edges[b + 1]]
+    """
+    n = count_batches(lengths, tokens)
+    ends = lengths[order].cumsum(0)
+    whole, rest = divmod(int(ends[-1]), n)
+    batch = torch.arange(n + 1)
+    begins = batch * whole + -(-batch * rest // n)  # ceil(batch · total / n), where batch · total may not fit 64 bits
+    return torch.searchsorted(ends - lengths[order], begins)
 
 
 def keyed_uniform(seed: int, epoch: int, samples: Tensor, draws: int) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Sequence
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 
 def hold_out(keys: Sequence[bytes], strata: Sequence[Hashable], share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -37,6 +39,23 @@ def hold_out(keys: Sequence[bytes], strata: Sequence[Hashable], share: float, se
                 taken += members[place]
         kept.update(taken)
     return [r for r in range(len(keys)) if r not in kept], sorted(kept)
+
+
+def hold_out_contents(contents: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
+    """Which rows `hold_out` keeps aside where there are no classes, for more rows than Python objects would fit.
+
+    contents: (M,) a digest of each row's content.  returns: (M,) True where kept aside
+    """
+    _, first, group, counts = np.unique(contents, return_index=True, return_inverse=True, return_counts=True)
+    order, kept, taken = first.argsort(), np.zeros(len(counts), bool), 0
+    wanted = round(share * len(contents)) or int(share > 0 and len(counts) > 1)
+    for place in torch.randperm(len(counts), generator=torch.Generator().manual_seed(seed)).tolist()[: len(counts) - 1]:
+        if taken == wanted:
+            break
+        if taken + counts[order[place]] <= wanted:
+            kept[order[place]] = True
+            taken += int(counts[order[place]])
+    return kept[group]
 
 
 def sample(

@@ -6,13 +6,15 @@ and all faults of a file come at once. Knows no tensor.
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import re
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,8 @@ from fromzero.errors import DataError, Fault, MissingExtra
 MISSING = frozenset(["", "NA", "N/A", "n/a", "NaN", "nan", "null", "NULL", "None", "<NA>", "NaT", "?"])
 MOST_FAULTS = 20  # shown; the rest is counted
 MOST_DEPTH = 64  # of nested JSON
+BLOCK = 2**20  # bytes of a text that are read at once
+PART = 64  # rows of a table that are read at once: a row may be a book
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)  # brackets inside strings open nothing
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _UNREAD = object()  # in place of a value whose fault was noted
@@ -98,25 +102,77 @@ def _cell(value: Any) -> Any:
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 
+def read_parts(path: Path, column: str | None = None) -> Iterator[Table]:
+    """A table some rows at a time, so that it may be larger than memory; what has no such form comes as a whole.
+
+    column:  the one that is wanted: parquet files read no other
+    raises:  as read_table; bad lines when the last one is known, and no part from the first of them on
+    """
+    faults: list[Fault] = []
+    match path.suffix.lower():
+        case ".csv":
+            rows = _records(path, _lines(read_blocks(path), ""), ",")
+            header, body = _headed(path, rows, ",", faults)
+            yield from _parts(body, faults, lambda part: _of_records(path, header, part))
+        case ".jsonl" | ".ndjson":
+            yield from _parts(json_lines(path, faults), faults, lambda part: _from_objects(path, part))
+        case ".parquet":
+            yield from _parquet_parts(path, column)
+        case _:
+            yield read_table(path)
+
+
+def _parts(rows: Iterator[Any], faults: list[Fault], build: Callable[[list[Any]], Table]) -> Iterator[Table]:
+    while part := list(islice(rows, PART)):
+        if faults:
+            deque(rows, maxlen=0)  # the rest is read for its faults alone
+        _raise(faults)
+        yield build(part)
+    _raise(faults)
+
+
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file.  raises: DataError with line and byte of what is none, and the likely encoding"""
+    """The text of a UTF-8 file.  raises: as read_blocks"""
+    return "".join(read_blocks(path, -1))
+
+
+def read_blocks(path: Path, size: int = BLOCK) -> Iterator[str]:
+    """The text of a UTF-8 file, `size` bytes at a time.  raises: DataError with line and byte of what is none, and the likely encoding"""
+    decoder, line, end, data = codecs.getincrementaldecoder("utf-8-sig")(), 1, 0, b" "
     try:
-        data = path.read_bytes()
+        with path.open("rb") as file:
+            while data:
+                data = file.read(size)
+                if end == 0 and data.startswith((b"\xff\xfe", b"\xfe\xff")):
+                    raise DataError("is UTF-16 text", file=str(path), line=1, mend="save it as UTF-8")
+                end += len(data)
+                text = decoder.decode(data, final=not data)
+                if "\0" in text:
+                    line += text[: text.index("\0")].count("\n")
+                    raise DataError("holds a NUL character", file=str(path), line=line, mend="is it a text file?")
+                line += text.count("\n")
+                if text:
+                    yield text
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", file=str(path)) from None
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        raise DataError("is UTF-16 text", file=str(path), line=1, mend="save it as UTF-8")
-    try:
-        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = data[: error.start].count(b"\n") + 1
-        likely = _likely_encoding(data)
+        rest = bytes(error.object)  # what the decoder had not yet given: the end of the last block, and this one
         raise DataError(
-            f"byte {error.start} is not UTF-8", file=str(path), line=line, mend=f"save it as UTF-8 (it looks like {likely})"
+            f"byte {end - len(rest) + error.start} is not UTF-8",
+            file=str(path),
+            line=line + rest[: error.start].count(b"\n"),
+            mend=f"save it as UTF-8 (it looks like {_likely_encoding(rest)})",
         ) from None
-    if "\0" in text:
-        raise DataError("holds a NUL character", file=str(path), line=text[: text.index("\0")].count("\n") + 1, mend="is it a text file?")
-    return text
+
+
+def _lines(blocks: Iterable[str], newline: str) -> Iterator[str]:
+    """Lines with their ends. newline: "" where \\n, \\r and \\r\\n end one (splitlines would cut at U+2028 too), "\\n" where that alone does."""
+    rest = ""
+    for block in blocks:
+        *lines, rest = io.StringIO(rest + block, newline=newline).readlines()
+        yield from lines
+    if rest:
+        yield rest
 
 
 def _likely_encoding(data: bytes) -> str:
@@ -134,30 +190,49 @@ def _likely_encoding(data: bytes) -> str:
 
 
 def _read_separated(path: Path, separator: str) -> Table:
+    faults: list[Fault] = []
     text = read_text(path)
-    csv.field_size_limit(16 * 2**20)  # a long text is no fault; the default stops at 128 KiB
-    records = list(_records(path, text, separator))
-    if not records:
+    plain = separator == "\t" and _quotes_are_text(text)
+    header, rows = _headed(path, _records(path, _lines([text], ""), separator, plain), separator, faults)
+    body = list(rows)
+    _raise(faults)
+    return _of_records(path, header, body)
+
+
+_Record = tuple[int, list[str]]  # the first physical line, and the cells
+
+
+def _headed(path: Path, records: Iterator[_Record], separator: str, faults: list[Fault]) -> tuple[list[str], Iterator[_Record]]:
+    """The header, and the records below it; what does not fit is noted in `faults`."""
+    _, first = next(records, (0, None))
+    if first is None:
         raise DataError("has no rows", file=str(path))
-    (_, first), body = records[0], records[1:]
     header = [name.strip() for name in first]
     if not header[0]:
         header[0] = "row"  # pandas writes no name for its index
-    faults = _header_faults(path, header, separator)
-    for line, cells in body:
-        if len(cells) != len(header):
+    faults += _header_faults(path, header, separator)
+
+    def body() -> Iterator[_Record]:
+        for line, cells in records:
+            if len(cells) == len(header):
+                yield line, cells
+                continue
             what = f"has {len(cells)} cells, the header has {len(header)}"
             faults.append(Fault(what, mend="a separator inside a cell needs quotes around the cell", file=str(path), line=line))
-    _raise(faults)
+
+    return header, body()
+
+
+def _of_records(path: Path, header: list[str], body: list[_Record]) -> Table:
     columns = {name: [cells[i] for _, cells in body] for i, name in enumerate(header)}
     return Table(str(path), columns, [line for line, _ in body])
 
 
-def _records(path: Path, text: str, separator: str) -> Iterator[tuple[int, list[str]]]:
-    """(first physical line, cells) of each record that is not blank. A quote that never ends is a fault, not a long cell."""
-    lines = io.StringIO(text, newline="")  # ends lines at \n, \r and \r\n alone; splitlines would cut at U+2028 too
+def _records(path: Path, lines: Iterable[str], separator: str, quotes_are_text: bool = False) -> Iterator[_Record]:
+    """Each record that is not blank. A quote that never ends is a fault, not a long cell."""
+    csv.field_size_limit(16 * 2**20)  # a long text is no fault; the default stops at 128 KiB
     reader = csv.reader(lines, delimiter=separator, strict=True)
-    if separator == "\t" and _quotes_are_text(text):
+    if quotes_are_text:
         reader = csv.reader(lines, delimiter=separator, quoting=csv.QUOTE_NONE)
     begins = 1
     try:
@@ -212,15 +287,34 @@ def _raise(faults: list[Fault]) -> None:
 
 
 def _read_json_lines(path: Path) -> Table:
-    text = read_text(path)
-    if text.lstrip().startswith("[") and not text.lstrip().startswith("[["):
-        raise DataError("is a JSON array, not one object a line", file=str(path), line=1, mend="name it .json")
-    rows: list[tuple[int, Any]] = []
     faults: list[Fault] = []
-    for line, piece in enumerate(text.split("\n"), 1):
+    rows = list(json_lines(path, faults))
+    _raise(faults)
+    return _from_objects(path, rows)
+
+
+def json_lines(path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of each line that holds one, read as a stream; any other line is noted in `faults`."""
+    return _objects(path, _json_values(path, faults), faults)
+
+
+def _json_values(path: Path, faults: list[Fault]) -> Iterator[tuple[int, Any]]:
+    begun = False
+    for line, piece in enumerate(_lines(read_blocks(path), "\n"), 1):
+        if not begun and (start := piece.lstrip()):
+            begun = True
+            if start.startswith("[") and not start.startswith("[["):
+                raise DataError("is a JSON array, not one object a line", file=str(path), line=1, mend="name it .json")
         if piece.strip():
-            rows.append((line, _parse_json(piece, path, line, faults)))
-    return _from_objects(path, rows, faults)
+            yield line, _parse_json(piece.removesuffix("\n"), path, line, faults)
+
+
+def _objects(path: Path, values: Iterable[tuple[int, Any]], faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, value in values:
+        if isinstance(value, dict):
+            yield line, value
+        elif value is not _UNREAD:
+            faults.append(Fault(f"is {'null' if value is None else type(value).__name__}, not an object", file=str(path), line=line))
 
 
 def _read_json(path: Path) -> Table:
@@ -231,7 +325,9 @@ def _read_json(path: Path) -> Table:
         return table_of(value, name=str(path))
     if not isinstance(value, list):
         raise DataError("is neither a list of objects nor an object of columns", file=str(path))
-    return _from_objects(path, list(enumerate(value, 1)), faults)
+    rows = list(_objects(path, enumerate(value, 1), faults))
+    _raise(faults)
+    return _from_objects(path, rows)
 
 
 def _parse_json(text: str, path: Path, line: int, faults: list[Fault]) -> Any:
@@ -276,25 +372,29 @@ def _depth(text: str) -> int:
     return deepest
 
 
-def _from_objects(path: Path, rows: list[tuple[int, Any]], faults: list[Fault]) -> Table:
-    names: dict[str, None] = {}
-    for line, value in rows:
-        if isinstance(value, dict):
-            names.update(dict.fromkeys(value))
-        elif value is not _UNREAD:
-            faults.append(Fault(f"is {'null' if value is None else type(value).__name__}, not an object", file=str(path), line=line))
-    _raise(faults)
+def _from_objects(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> Table:
+    names = dict.fromkeys(name for _, value in rows for name in value)
     columns = {name: [_cell(value.get(name)) for _, value in rows] for name in names}
     return Table(str(path), columns, [line for line, _ in rows])
 
 
 def _read_parquet(path: Path) -> Table:
+    return next(_parquet_parts(path, rows=None))
+
+
+def _parquet_parts(path: Path, column: str | None = None, rows: int | None = 16 * PART) -> Iterator[Table]:
+    """`rows` at a time, by slices of a lazy reading, which opens the row groups of the slice alone; None: all at once."""
     try:
         import polars
     except ImportError:
         raise MissingExtra("parquet files need polars", mend="pip install polars") from None
-    try:
-        frame = polars.read_parquet(path)
-    except Exception as error:  # polars names no one class for what a damaged file may raise
-        raise DataError(f"is not a whole parquet file ({str(error)[:120]})", file=str(path)) from None
-    return table_of(frame.to_dict(as_series=False), name=str(path))
+    begin, size = 0, None
+    while size is None or begin < size:
+        try:
+            scan = polars.scan_parquet(path)
+            size = size or int(scan.select(polars.len()).collect().item())
+            frame = (scan.select(column) if column else scan).slice(begin, rows).collect()
+        except Exception as error:  # polars names no one class for what a damaged file may raise
+            raise DataError(f"is not a whole parquet file ({str(error)[:120]})", file=str(path)) from None
+        yield table_of(frame.to_dict(as_series=False), name=str(path))
+        begin += rows or max(size, 1)

@@ -5,8 +5,9 @@ Dims: M examples, B examples of a batch, N their tokens end to end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -21,21 +22,27 @@ MOST_TEXTS_FOR_BPE = 1_000_000
 
 @dataclass(frozen=True)
 class TextAsked:
-    """What a recipe says of its text. tokenizer: characters, bpe or the text of a tokenizer.json; vocabulary: of bpe."""
+    """What a recipe says of its text. tokenizer: characters, bpe or the text of a tokenizer.json; vocabulary: of bpe; stream: as in TextFormat."""
 
     tokenizer: str = "bpe"
     vocabulary: int = 8000
     max_tokens: int | None = None
+    stream: bool = False
 
 
 @dataclass(frozen=True)
 class TextFormat:
-    """How texts became tokens. tokenizer: the text of its tokenizer.json; special: whether it frames each text."""
+    """How texts became tokens.
+
+    tokenizer: the text of its tokenizer.json;  special: whether it frames each text
+    stream:    documents are one stream with the tokenizer's end between them, and pieces run across it; else none does
+    """
 
     tokenizer: str
     max_tokens: int | None = None
     column: str = "text"
     special: bool = True
+    stream: bool = False
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,20 +51,22 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class TextFacts:
-    """What was seen of the tokens in training. cut: examples shortened to max_tokens; unknown: tokens that stand for no text."""
+    """What was seen of the tokens in training. cut: examples shortened to max_tokens; unknown: tokens that stand for no text;
+    bytes: UTF-8 length of what is predicted, 0 where that is not asked."""
 
     vocabulary: int
     tokens: int
     longest: int
     cut: int = 0
     unknown: int = 0
+    bytes: int = 0
 
 
 @dataclass(frozen=True)
 class TextExamples:
     """Spans of one row of tokens.
 
-    flat:    all tokens, int32 to save room
+    flat:    all tokens, int32 or uint16 to save room; it may be a file's memory map: nothing here copies the whole
     starts:  (M,) where each example begins;  lengths: (M,)
     answers: (M, …) targets of the examples; None: each token's target is the next one of `flat`
     cut:     examples that were shortened
@@ -98,18 +107,29 @@ class TextExamples:
             tokens=int(self.lengths.sum()),
             longest=int(self.lengths.max()),
             cut=self.cut,
-            unknown=0 if unknown is None else int((self.flat == unknown).sum()),
+            unknown=0 if unknown is None else sum(int((part == unknown).sum()) for part in self.flat.split(2**24)),
+            bytes=self.bytes,
         )
 
 
-def fit_text(asked: TextAsked, texts: Sequence[str], column: str, *, special: bool) -> TextFormat:
-    """Take the tokenizer asked for, or make one from the training texts."""
+def fit_text(asked: TextAsked, texts: Iterable[str], column: str, *, special: bool) -> TextFormat:
+    """Take the tokenizer asked for, or make one from the training texts.
+
+    raises: DataError where documents are to be a stream and the tokenizer has nothing to put between them
+    """
     tokenizer = asked.tokenizer
     if tokenizer == "characters":
-        tokenizer = tk.characters(texts)
+        tokenizer = tk.characters(texts, end=asked.stream)
     elif tokenizer == "bpe":
-        tokenizer = tk.byte_pairs(texts[:MOST_TEXTS_FOR_BPE], asked.vocabulary)
-    return TextFormat(tokenizer, asked.max_tokens, column, special)
+        tokenizer = tk.byte_pairs(islice(texts, MOST_TEXTS_FOR_BPE), asked.vocabulary)
+    if asked.stream and tk.end_id(tokenizer) is None:
+        raise DataError(
+            "the tokenizer has no token that ends a document",
+            why="a stream needs one between documents",
+            mend=f"say data.documents: apart, or name a tokenizer with one of {' '.join(tk.ENDS)}",
+            key="data.tokenizer",
+        )
+    return TextFormat(tokenizer, asked.max_tokens, column, special, asked.stream)
 
 
 def whole_texts(form: TextFormat, texts: Sequence[str], answers: Tensor) -> TextExamples:
@@ -127,17 +147,25 @@ def whole_texts(form: TextFormat, texts: Sequence[str], answers: Tensor) -> Text
     return TextExamples(_flat(ids), lengths.cumsum(0) - lengths, lengths, answers, cut)
 
 
-def next_tokens(form: TextFormat, documents: Sequence[str]) -> TextExamples:
-    """Each document in pieces of max_tokens; every token but a document's first is predicted exactly once."""
-    ids = tk.encode(form.tokenizer, documents, special=form.special)
-    size = form.max_tokens or max((len(one) for one in ids), default=1)
-    starts, lengths, begin = [], [], 0
-    for one in ids:
-        for start in range(0, len(one) - 1, size):
-            starts.append(begin + start)
-            lengths.append(min(size, len(one) - 1 - start))
-        begin += len(one)
-    return TextExamples(_flat(ids), torch.tensor(starts), torch.tensor(lengths), None)
+def next_tokens(form: TextFormat, flat: Tensor, tokens: Tensor, sizes: Tensor, first: Tensor) -> TextExamples:
+    """Documents in pieces of max_tokens; every token but a document's first, or the stream's, is predicted exactly once.
+
+    flat:           (N,) the documents end to end, each with the tokenizer's end behind it if there is one
+    tokens, sizes:  (documents,) tokens of each, with its end, and UTF-8 bytes
+    first:          (documents,) their first tokens, whose bytes are not counted, as they are not predicted
+    """
+    begins = tokens.cumsum(0) - tokens
+    if form.stream:
+        begins, tokens, sizes, first = begins[:1], tokens.sum(0, keepdim=True), sizes.sum(0, keepdim=True), first[:1]
+    follow = (tokens - (1 if tk.end_id(form.tokenizer) is None else 2)).clamp(min=0)  # predicted of each document; none behind the last end
+    size = form.max_tokens or max(int(follow.sum()), 1)
+    counts = (follow + size - 1) // size
+    within = (torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)) * size
+    lengths = (follow.repeat_interleave(counts) - within).clamp(max=size)
+    ids, times = first[counts > 0].unique(return_counts=True)
+    unsaid = sum(tk.byte_length(form.tokenizer, token) * n for token, n in zip(ids.tolist(), times.tolist(), strict=True))
+    said = int(sizes[counts > 0].sum()) - unsaid
+    return TextExamples(flat, begins.repeat_interleave(counts) + within, lengths, None, bytes=said)
 
 
 def _flat(ids: Sequence[Sequence[int]]) -> Tensor:

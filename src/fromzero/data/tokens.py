@@ -7,7 +7,7 @@ or byte-level BPE.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -16,6 +16,8 @@ from fromzero.errors import DataError
 
 UNKNOWN = "<unk>"
 END = "<|endoftext|>"
+# What published tokenizers call the token that ends a document, the likeliest first
+ENDS = (END, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "<｜end▁of▁sentence｜>", "[EOS]")
 
 
 @lru_cache(maxsize=8)
@@ -63,16 +65,30 @@ def unknown_id(tokenizer: str) -> int | None:
     return None if name is None else _read(tokenizer).token_to_id(name)
 
 
-def characters(texts: Sequence[str]) -> str:
-    """A tokenizer with one token for each character of some texts, and one for any other."""
-    seen = sorted(set().union(*map(set, texts)))
-    vocabulary = {UNKNOWN: 0, **{character: i + 1 for i, character in enumerate(seen)}}
+def end_id(tokenizer: str) -> int | None:
+    """The id that ends a document; None if there is none."""
+    return next((token for name in ENDS if (token := _read(tokenizer).token_to_id(name)) is not None), None)
+
+
+def byte_length(tokenizer: str, token: int) -> int:
+    """UTF-8 bytes of a token's text; a byte-level token may be part of a character and is written one letter a byte."""
+    text = decode(tokenizer, [token])
+    return len((_read(tokenizer).id_to_token(token) or "") if "\ufffd" in text else text.encode())
+
+
+def characters(texts: Iterable[str], *, end: bool = False) -> str:
+    """A tokenizer with one token for each character of some texts, and one for any other.  end: and one that ends a document"""
+    seen: set[str] = set()
+    for text in texts:
+        seen.update(text)
+    vocabulary = {UNKNOWN: 0, **{character: i + 1 for i, character in enumerate(sorted(seen))}}
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=UNKNOWN))
     tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens([END] * end)
     return str(tokenizer.to_str())
 
 
-def byte_pairs(texts: Sequence[str], vocabulary: int) -> str:
+def byte_pairs(texts: Iterable[str], vocabulary: int) -> str:
     """Byte-level BPE learned from some texts: no text is unknown to it.
 
     source: arXiv:1508.07909; over bytes as in the GPT-2 report, section 2.2
