@@ -1,10 +1,14 @@
 """Order and draws: functions of seed, epoch and sample, and of nothing else."""
 
+import itertools
+import time
+
 import pytest
 import torch
 
 from fromzero.data import epoch_order
-from fromzero.data.order import keyed_uniform
+from fromzero.data.order import count_batches, epoch_batches, keyed_uniform
+from fromzero.errors import DataError
 
 
 def test_an_order_is_a_permutation_fixed_by_seed_and_epoch():
@@ -73,3 +77,46 @@ def test_epochs_and_seeds_are_not_shifted_copies_of_each_other():
     for other in (keyed_uniform(0, 1, torch.arange(5000), 2), keyed_uniform(1, 0, torch.arange(5000), 2)):
         assert torch.corrcoef(torch.stack([base.flatten(), other.flatten()]))[0, 1].abs() < 0.05
         assert len(set(base.flatten().tolist()) & set(other.flatten().tolist())) == 0
+
+
+@pytest.mark.parametrize("shape", ["even", "mixed", "few long", "ones"])
+@pytest.mark.parametrize("tokens", [40, 100, 1000, 10**6])
+def test_batches_of_tokens_are_of_equal_count_never_empty_and_cut_no_example(shape, tokens):
+    generator = torch.Generator().manual_seed(len(shape))
+    mixed = torch.randint(1, 41, (500,), generator=generator)
+    lengths = {"even": mixed * 0 + 7, "mixed": mixed, "few long": torch.where(mixed > 38, 40, 1), "ones": mixed * 0 + 1}[shape]
+    total, counts = int(lengths.sum()), set()
+    for epoch in range(20):
+        order = epoch_order(0, epoch, len(lengths))
+        edges = epoch_batches(lengths, order, tokens).tolist()
+        n = len(edges) - 1
+        counts.add(n)
+        assert edges[0] == 0 and edges[-1] == len(lengths) and all(a < b for a, b in itertools.pairwise(edges))
+        begin, theirs = 0, []
+        for length in lengths[order].tolist():
+            theirs.append(begin * n // total)
+            begin += length
+        ours = [b for b in range(n) for _ in range(edges[b], edges[b + 1])]
+        assert ours == theirs
+        held = [int(lengths[order[a:b]].sum()) for a, b in itertools.pairwise(edges)]
+        assert max(abs(h - total / n) for h in held) < 40
+    assert counts == {count_batches(lengths, tokens)} <= {-(-total // tokens), total // tokens}
+
+
+def test_one_batch_fewer_where_one_might_be_empty_and_a_batch_smaller_than_an_example_is_refused():
+    lengths = torch.tensor([400, 400, 201])
+    for order in ([0, 1, 2], [2, 1, 0], [0, 2, 1]):
+        assert len(epoch_batches(lengths, torch.tensor(order), 500)) - 1 == 2  # three of 334 might hold none
+    with pytest.raises(
+        DataError, match=r"^batch\.tokens: 300 is smaller than the longest example \(400 tokens\); raise it, or set data\.max_tokens$"
+    ):
+        epoch_batches(lengths, torch.arange(3), 300)
+
+
+def test_millions_of_examples_and_more_tokens_than_a_product_of_64_bits_holds_are_cut_at_once():
+    lengths = torch.randint(500_000, 1_000_000, (3_000_000,), generator=torch.Generator().manual_seed(0))
+    begun = time.perf_counter()
+    edges = epoch_batches(lengths, epoch_order(0, 0, len(lengths)), 1_000_000)
+    assert time.perf_counter() - begun < 5
+    assert len(edges) - 1 == -(-int(lengths.sum()) // 1_000_000) or len(edges) - 1 == int(lengths.sum()) // int(lengths.max())
+    assert int(edges.diff().min()) >= 1 and int(edges[-1]) == len(lengths)

@@ -2,9 +2,10 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
-from fromzero.data.split import hold_out, sample
+from fromzero.data.split import hold_out, hold_out_contents, sample
 
 
 def keys(count):
@@ -64,3 +65,13 @@ def test_a_sample_takes_so_many_in_all():
     assert sample(range(5), ["a"] * 5, 0, examples=50) == [0, 1, 2, 3, 4]
     both = sample(range(160), STRATA, 0, examples=7, per_class=3)
     assert len(both) == 7 and max(Counter(STRATA[r] for r in both).values()) <= 3
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.1, 0.5, 0.9])
+def test_contents_are_held_out_as_rows_of_one_class_are(share):
+    generator = np.random.default_rng(0)
+    for most, count in ((5, 40), (30, 40), (10**9, 300), (1, 3), (10**9, 1)):
+        contents = generator.integers(0, most, count)
+        for seed in range(5):
+            _, theirs = hold_out([str(c).encode() for c in contents], [""] * count, share, seed)
+            assert np.flatnonzero(hold_out_contents(contents, share, seed)).tolist() == theirs

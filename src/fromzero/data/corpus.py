@@ -135,7 +135,8 @@ def fit(asked: TextAsked, part: Part) -> TextFormat:
     texts = (progress.add(len(text), text) for text, _ in islice(part.segments(), 0, MOST_TEXTS_FOR_BPE * every, every))
     if part.corpus.folder is None or not learned:
         return fit_text(asked, texts, "text", special=False)
-    path = part.corpus.folder / f"tokenizer-{part.key(asked.tokenizer, asked.vocabulary, asked.stream)}.json"
+    key = part.key(part.span, asked.tokenizer, asked.vocabulary if asked.tokenizer == "bpe" else asked.stream)
+    path = part.corpus.folder / f"tokenizer-{key}.json"
     with _writing(part.corpus.folder):
         if not path.is_file():
             write_whole(path, fit_text(asked, texts, "text", special=False).tokenizer.encode())
