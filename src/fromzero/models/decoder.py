@@ -7,14 +7,14 @@ Dims: B documents, N tokens end to end, D width, H query heads, G key/value head
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fromzero.errors import ModelError, ShapeError
-from fromzero.models.layers.attention import Attend
+from fromzero.models.layers.attention import Attend, Past
 from fromzero.models.layers.documents import Documents, documents_of
 from fromzero.models.layers.experts import Experts
 from fromzero.models.layers.feedforward import FeedForward
@@ -81,6 +81,14 @@ class DecoderConfig:
         return RMSNorm(width, self.norm_eps, offset=self.norm_offset)
 
 
+@dataclass
+class Cache:
+    """A document as far as it was read, and what each layer keeps of it. tokens: (T,) int64"""
+
+    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    layers: list[Past] = field(default_factory=list)
+
+
 class Embedding(nn.Module):
     """Tokens become vectors, plus those of their positions where positions are learned."""
 
@@ -128,7 +136,7 @@ class SelfAttention(nn.Module):
         self.attend = Attend(causal=True, reach=reach, scale=config.attention_scale, softcap=config.attention_cap)
         self.out = nn.Linear(self.sizes[0], config.width, bias=config.out_bias)
 
-    def forward(self, x: Tensor, documents: Documents, turn: Turn | None) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents, turn: Turn | None, past: Past | None = None) -> Tensor:
         """x: (N, D).  returns: (N, D)"""
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
         v = v.unflatten(-1, (-1, self.head_width))  # (N, G, K)
@@ -136,7 +144,7 @@ class SelfAttention(nn.Module):
         k = self.k_norm(k.unflatten(-1, (-1, self.normed[1]))).reshape(len(x), -1, self.head_width)  # (N, G, K)
         if turn is not None:
             q, k = (rotate(t, *turn, interleaved=self.interleaved) for t in (q, k))
-        mixed = self.attend(q.to(v.dtype), k.to(v.dtype), v, documents)  # autocast norms and turns in float32
+        mixed = self.attend(q.to(v.dtype), k.to(v.dtype), v, documents, past)  # autocast norms and turns in float32
         out: Tensor = self.out(mixed.flatten(1))
         return out
 
@@ -166,9 +174,9 @@ class Block(nn.Module):
         self.after_mlp = config.norm_of(config.width) if after else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, documents: Documents, turn: Turn | None) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents, turn: Turn | None, past: Past | None = None) -> Tensor:
         """x: (N, D).  returns: (N, D)"""
-        x = x + self.dropout(self.after_attention(self.attention(self.before_attention(x), documents, turn)))
+        x = x + self.dropout(self.after_attention(self.attention(self.before_attention(x), documents, turn, past)))
         added: Tensor = self.dropout(self.after_mlp(self.mlp(self.before_mlp(x))))
         return x + added
 
@@ -204,14 +212,29 @@ class Decoder(nn.Module):
         """tokens: (N,) int64.  offsets: (B + 1,) int64.  returns: (N, V), or (B, K) with outputs"""
         return self.scores(self.states(tokens, offsets))
 
-    def states(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        """What the head reads.  returns: (N, D), or (B, D) with outputs: each document's last token"""
-        documents = documents_of(tokens, offsets)
+    def states(self, tokens: Tensor, offsets: Tensor, cache: Cache | None = None) -> Tensor:
+        """What the head reads.  returns: (N, D), or (B, D) with outputs: each document's last token
+
+        cache:   what was read of one document before these tokens; they are added to it
+        raises:  ShapeError for tokens and offsets that do not fit, or several documents with one cache
+        """
+        if cache is not None and len(offsets) != 2:
+            raise ShapeError(f"{len(offsets) - 1} documents for one cache", mend="give each document a cache of its own")
+        past = 0 if cache is None else len(cache.tokens)
+        if cache is not None:
+            whole = torch.cat([cache.tokens.to(tokens.device), tokens])
+            if any(rope.far and 0 < past <= rope.limit < len(whole) for rope in self.ropes):  # from here on every key is turned otherwise
+                cache.tokens, cache.layers = cache.tokens[:0], []
+                return self.states(whole, offsets.new_tensor([0, len(whole)]), cache)[-len(tokens) :]
+            cache.tokens, cache.layers = whole, cache.layers or [Past() for _ in self.blocks]
+        documents = documents_of(tokens, offsets, past)
         x = self.embedding(tokens, documents)
         turned = {rope: turns(rope, documents, dtype=x.dtype) for rope in self.ropes}
-        for block, layer in zip(self.blocks, self.config.layers, strict=True):
-            x = block(x, documents, turned[layer.rope] if layer.rope is not None else None)
-        return x if self.outputs is None else x[documents.last]
+        pasts = [None] * len(self.blocks) if cache is None else cache.layers
+        for block, layer, kept in zip(self.blocks, self.config.layers, pasts, strict=True):
+            x = block(x, documents, turned[layer.rope] if layer.rope is not None else None, kept)
+        states: Tensor = x if self.outputs is None else x[documents.last]
+        return states
 
     def scores(self, states: Tensor) -> Tensor:
         """Row by row, so that only rows whose scores are wanted need be given.  states: (N, D).  returns: (N, V) or (N, K)"""

@@ -8,6 +8,7 @@ Dims: N tokens end to end, H query heads, G key/value heads, K head width, T len
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +17,22 @@ from torch import Tensor, nn
 from fromzero.models.layers.documents import Documents, Group
 
 PATHS = ("plain", "documents", "varlen")
+
+
+@dataclass
+class Past:
+    """What one layer keeps of a document that is read bit by bit: keys and values, (T, G, K) each."""
+
+    k: Tensor | None = None
+    v: Tensor | None = None
+
+    def add(self, k: Tensor, v: Tensor, reach: int | None) -> tuple[Tensor, Tensor]:
+        """k, v: of the new tokens.  returns: with those before, of which only what the next token sees is kept"""
+        if self.k is not None and self.v is not None:
+            k, v = torch.cat([self.k, k]), torch.cat([self.v, v])
+        first = 0 if reach is None else max(len(k) - reach, 0)
+        self.k, self.v = k[first:], v[first:]
+        return k, v
 
 
 class Attend(nn.Module):
@@ -33,15 +50,19 @@ class Attend(nn.Module):
         self.causal, self.reach, self.scale, self.softcap = causal, reach, scale, softcap
         self.path = "documents"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
-        """q: (N, H, K)  k, v: (N, G, K), G divides H.  returns: (N, H, K)"""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, past: Past | None = None) -> Tensor:
+        """q: (N, H, K)  k, v: (N, G, K), G divides H.  past: added to, and seen too.  returns: (N, H, K)"""
+        if past is not None:
+            k, v = past.add(k, v, self.reach)
+            if documents.past:
+                return self._go_on(q, k, v, documents.positions)
         if self.path == "varlen" and self.softcap is None:
             return self._varlen(q, k, v, documents)
         repeats = q.shape[1] // k.shape[1]
         if repeats > 1:
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # (N, H, K)
         if self.path == "plain":
-            whole = self._visible(documents.positions, documents.owner)
+            whole = self._visible(documents.positions, owner=documents.owner)
             out = self._weigh(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), whole)  # (H, N, K)
             return out.transpose(0, 1)
         if len(documents.groups) == 1:
@@ -64,9 +85,21 @@ class Attend(nn.Module):
                 out = self._weigh(q, k, v, seen)
         return out.transpose(1, 2).reshape(group.count * group.length, *q.shape[1::2])  # (C · T, H, K)
 
-    def _visible(self, positions: Tensor, owner: Tensor | None = None) -> Tensor:
-        """(T, T) bool: whether a row's token sees a column's"""
-        ahead = positions[:, None] - positions  # (T, T)
+    def _go_on(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
+        """q: (N, H, K) of the new tokens; k, v: (T, G, K), they end with the new tokens'.  returns: (N, H, K)
+
+        The heads that share a key stand under each other as rows: no key is copied for each of them.
+        """
+        rows, groups = len(q), k.shape[1]
+        seen = self._visible(positions, positions[-1] + torch.arange(1 - len(k), 1, device=q.device))  # (N, T)
+        q = q.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # (G, H/G, N, K)
+        out: Tensor = self._weigh(q.flatten(1, 2), k.transpose(0, 1), v.transpose(0, 1), seen.repeat(q.shape[1], 1))  # (G, H/G · N, K)
+        out = out.unflatten(1, (-1, rows)).permute(2, 0, 1, 3)  # (N, G, H/G, K)
+        return out.flatten(1, 2)
+
+    def _visible(self, positions: Tensor, others: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
+        """(T, T) bool: whether a row's token sees a column's; the columns are the rows where no others are given"""
+        ahead = positions[:, None] - (positions if others is None else others)  # (T, T)
         seen = torch.ones_like(ahead, dtype=torch.bool) if owner is None else owner[:, None] == owner
         if self.causal:
             seen = seen & (ahead >= 0)

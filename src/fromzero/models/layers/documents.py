@@ -27,16 +27,20 @@ class Group:
 
 @dataclass(frozen=True)
 class Documents:
-    """offsets: (B + 1,) int64 from 0 to N.  positions: (N,) int64, each token's place in its own document."""
+    """offsets: (B + 1,) int64 from 0 to N.  positions: (N,) int64, each token's place in its own document.
+
+    past: how many tokens of a single document were read before these, and are kept in a cache
+    """
 
     offsets: Tensor
     lengths: tuple[int, ...]
     positions: Tensor
     groups: tuple[Group, ...]
+    past: int = 0
 
     @property
     def longest(self) -> int:
-        return max(self.lengths, default=0)
+        return max(self.lengths, default=0) + self.past
 
     @property
     def last(self) -> Tensor:
@@ -50,7 +54,7 @@ class Documents:
         return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=sum(self.lengths))
 
 
-def documents_of(tokens: Tensor, offsets: Tensor) -> Documents:
+def documents_of(tokens: Tensor, offsets: Tensor, past: int = 0) -> Documents:
     """Look at the offsets once for all layers. On a GPU this waits for the device.
 
     raises: ShapeError where the offsets do not run from 0 to N, or a document is empty
@@ -63,10 +67,10 @@ def documents_of(tokens: Tensor, offsets: Tensor) -> Documents:
             why="they begin with 0, rise by each document's length of at least 1, and end with the number of tokens",
         )
     device = tokens.device
-    positions = torch.arange(len(tokens), device=device) - torch.repeat_interleave(
+    positions = torch.arange(past, past + len(tokens), device=device) - torch.repeat_interleave(
         offsets[:-1], offsets.diff(), output_size=len(tokens)
     )  # (N,)
-    return Documents(offsets, lengths, positions, _groups(bounds, lengths, device))
+    return Documents(offsets, lengths, positions, _groups(bounds, lengths, device), past)
 
 
 def _groups(bounds: list[int], lengths: tuple[int, ...], device: torch.device) -> tuple[Group, ...]:

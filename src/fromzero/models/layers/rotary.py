@@ -42,7 +42,7 @@ def turns(rope: Rope, documents: Documents, *, dtype: torch.dtype) -> tuple[Tens
 
     inverse = on_device(rope.frequencies)  # (R/2,)
     if rope.far and documents.longest > rope.limit:
-        long = documents.offsets.diff()[documents.owner] > rope.limit  # (N,)
+        long = documents.offsets.diff()[documents.owner] + documents.past > rope.limit  # (N,)
         inverse = torch.where(long[:, None, None], on_device(rope.far), inverse)  # (N, 1, R/2)
     return angles(places, inverse, magnitude=rope.magnitude, dtype=dtype)
 
