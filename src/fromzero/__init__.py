@@ -123,7 +123,7 @@ def plan(
     """
     import fromzero.planner.facts as facts_room
     from fromzero.planner.make import make
-    from fromzero.runner.assemble import Place, build_model
+    from fromzero.runner.assemble import Place, inspected_model
     from fromzero.runner.probe import probe as take_trial_steps
     from fromzero.runner.start import find_start
 
@@ -136,8 +136,16 @@ def plan(
     folders = tuple(dict.fromkeys([beside or Path(), Path()]))
     start = find_start(recipe.model.source, folders, Path(runs), fresh=recipe.model.weights == "none")
     place = Place(folders, Path(runs), start)
-    reader = facts_room.Reader(start.tokenizer, start.context, start.reads_text(recipe), start.published is not None)
-    seen = facts_room.look(recipe, folders, lambda asked, loaded: build_model(asked, loaded, place)[0], reader)
+    reader = facts_room.Reader(
+        start.tokenizer,
+        start.context,
+        start.reads_text(recipe),
+        start.published is not None,
+        start.template,
+        start.special,
+        start.stops,
+    )
+    seen = facts_room.look(recipe, folders, lambda asked, loaded: inspected_model(asked, loaded, place), reader)
     made = make(recipe, seen.facts)
     if probe and not any(finding.severity == "error" for finding in made.findings):
         made = make(recipe, seen.facts.with_measured(take_trial_steps(made, seen.loaded, place)))

@@ -2,16 +2,21 @@
 
 from fromzero.data.answers import Classes, Numbers, Soft
 from fromzero.data.augment import Augmentation
-from fromzero.data.examples import Examples, Inputs, TensorExamples
+from fromzero.data.chat import ChatAsked, load_chat
+from fromzero.data.examples import IGNORED, Examples, Inputs, TensorExamples
 from fromzero.data.images import ImageFormat
 from fromzero.data.language import corpus_again, load_corpus
 from fromzero.data.load import DataFacts, Loaded, Preparation, load, load_again
 from fromzero.data.opening import Request
-from fromzero.data.order import epoch_order
-from fromzero.data.text import TextAsked, TextExamples, TextFormat
+from fromzero.data.order import count_batches, epoch_batches, epoch_order
+from fromzero.data.text import TextAsked, TextExamples, TextFacts, TextFormat
+from fromzero.data.turns import ChatFormat
 
 __all__ = [
+    "IGNORED",
     "Augmentation",
+    "ChatAsked",
+    "ChatFormat",
     "Classes",
     "DataFacts",
     "Examples",
@@ -25,10 +30,14 @@ __all__ = [
     "TensorExamples",
     "TextAsked",
     "TextExamples",
+    "TextFacts",
     "TextFormat",
     "corpus_again",
+    "count_batches",
+    "epoch_batches",
     "epoch_order",
     "load",
     "load_again",
+    "load_chat",
     "load_corpus",
 ]

@@ -21,20 +21,16 @@ def epoch_order(seed: int, epoch: int, count: int) -> Tensor:
     return torch.randperm(count, generator=generator)
 
 
-def count_batches(lengths: Tensor, tokens: int) -> int:
+def count_batches(total: int, longest: int, tokens: int) -> int:
     """How many batches of about `tokens` tokens an epoch has, in whatever order.
 
-    It is ceil(total / tokens), or one fewer where a batch would then be smaller than the longest example: a batch of
+    It is ceil(total / tokens), or fewer where a batch would then be smaller than the longest example: a batch of
     total / n tokens or more may begin inside an example and still holds the beginning of the next, so none is empty.
-    lengths: (M,) of the examples, from 1 on.  raises: DataError where an example is longer than a batch
+    total, longest: tokens of all examples, and of the longest.  raises: DataError where that is longer than a batch
     """
-    longest, total = int(lengths.max()), int(lengths.sum())
     if longest > tokens:
-        raise DataError(
-            f"{tokens} is smaller than the longest example ({longest} tokens)",
-            mend="raise it, or set data.max_tokens",
-            key="batch.tokens",
-        )
+        what = f"{tokens} is smaller than the longest example ({longest} tokens)"
+        raise DataError(what, mend="raise it, or set data.max_tokens", key="batch.tokens")
     return min(-(-total // tokens), total // longest)
 
 
@@ -45,9 +41,10 @@ def epoch_batches(lengths: Tensor, order: Tensor, tokens: int) -> Tensor:
     lengths, order:  (M,) int64
     returns:         (n + 1,) int64 edges: batch b is order[edges[b]:edges[b + 1]]
     """
-    n = count_batches(lengths, tokens)
     ends = lengths[order].cumsum(0)
-    whole, rest = divmod(int(ends[-1]), n)
+    total = int(ends[-1])
+    n = count_batches(total, int(lengths.max()), tokens)
+    whole, rest = divmod(total, n)
     batch = torch.arange(n + 1)
     begins = batch * whole + -(-batch * rest // n)  # ceil(batch · total / n), where batch · total may not fit 64 bits
     return torch.searchsorted(ends - lengths[order], begins)

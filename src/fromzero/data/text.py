@@ -100,6 +100,12 @@ class TextExamples:
         following = self.flat[place + 1].long()  # (N,)
         return inputs, following if self.trained is None else following.where(self.trained[place + 1], IGNORED)
 
+    def beginning(self, example: int) -> list[int]:
+        """The tokens before the first that is trained; where all are, the first half, of which 32 are enough."""
+        start, length = int(self.starts[example]), int(self.lengths[example])
+        first = min(32, (length + 1) // 2) if self.trained is None else int(self.trained[start : start + length + 1].int().argmax())
+        return [int(token) for token in self.flat[start : start + first]]
+
     def facts(self, form: TextFormat) -> TextFacts:
         unknown = tk.unknown_id(form.tokenizer)
         return TextFacts(

@@ -12,6 +12,7 @@ from fromzero.models.catalogue import (
     blueprint_of_object,
     seeded,
 )
+from fromzero.models.decoder import Decoder
 from fromzero.models.families import Family
 from fromzero.models.inspect import LayerFacts, ModelFacts, inspect_model
 from fromzero.models.layers.attention import choose_path
@@ -21,6 +22,7 @@ __all__ = [
     "MODELS",
     "TEXT_MODELS",
     "Blueprint",
+    "Decoder",
     "Family",
     "LayerFacts",
     "ModelFacts",

@@ -31,7 +31,7 @@ Misfit = tuple[list[str], list[str], list[str]]  # tensors that are missing, ext
 
 class Foreign(nn.Module):
     """A model of transformers, called as ours are; how it attends is its own affair. Without padding and masks: documents of
-    one length run together, the others apart.
+    one length that stand side by side run together, the others apart.
 
     theirs:     the model as transformers makes it
     per_token:  it scores the next token of each; else one row a document or an image
@@ -68,13 +68,11 @@ class Foreign(nn.Module):
         if documents.longest > self.context:
             said = f"a document has {documents.longest} tokens, the model reads {self.context}"
             raise ModelError(said, mend="cut the documents with data.max_tokens", key="data.max_tokens")
-        rows, places = [], []
-        for group in documents.groups:
-            index = torch.arange(len(inputs), device=inputs.device) if group.index is None else group.index
-            scores = self.theirs(input_ids=inputs[index].view(group.count, group.length)).logits  # (C, T, V) or (C, K)
+        rows = []
+        for group, part in zip(documents.groups, inputs.split([g.count * g.length for g in documents.groups]), strict=True):
+            scores = self.theirs(input_ids=part.view(group.count, group.length)).logits  # (C, T, V) or (C, K)
             rows.append(scores.flatten(0, 1) if self.per_token else scores)
-            places.append(index if self.per_token else index[:: group.length])
-        return torch.cat(rows)[torch.cat(places).argsort()]
+        return torch.cat(rows)
 
 
 def foreign_reads(kind: str) -> str:

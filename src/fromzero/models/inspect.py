@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fromzero.errors import ModelError
+from fromzero.models.decoder import Decoder
 from fromzero.models.foreign import Foreign
 from fromzero.models.layers.attention import Attend
 from fromzero.models.stages import find_stages
@@ -43,6 +44,7 @@ class ModelFacts:
     parameter_bytes: int
     output_shape: tuple[int, ...]  # of one sample
     activation_bytes: int  # kept for the backward pass, per sample
+    token_bytes: int  # the same per token, of a model that reads text
     head: str | None
     linears: tuple[str, ...]
     ends_in: str  # softmax | log_softmax | ""
@@ -83,6 +85,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
         parameter_bytes=sum(p.nbytes for p in parameters.values()),
         output_shape=tuple(outputs.shape[1:]),
         activation_bytes=watch.saved_bytes // samples,
+        token_bytes=watch.saved_bytes // len(inputs[0]) if len(inputs) == 2 else 0,
         head=_head(linears, modules, outputs),
         linears=linears,
         ends_in=_ends_in(outputs),
@@ -125,7 +128,7 @@ class _Watch:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
                 warnings.simplefilter("ignore")
                 with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-                    outputs: Any = self.model(*inputs)
+                    outputs: Any = self._call(inputs)
         except Exception as error:
             shapes = " and ".join(str(tuple(t.shape)) for t in inputs)
             raise ModelError(
@@ -141,6 +144,13 @@ class _Watch:
             what = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ModelError(f"{name} gives {what}", why=f"training needs one tensor of {rows} rows here", key="model")
         return outputs.detach()
+
+    def _call(self, inputs: tuple[Tensor, ...]) -> Any:
+        """Of a language model one row is scored, for no step has all rows of scores in memory."""
+        if not isinstance(self.model, Decoder) or self.model.outputs is not None:
+            return self.model(*inputs)
+        states = self.model.states(*inputs)
+        return self.model.scores(states[-1:]).expand(len(states), -1)
 
     def _note(self, name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:

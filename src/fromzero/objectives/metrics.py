@@ -9,6 +9,7 @@ Dims: B batch, C classes, K numbers (or yes/no labels) per sample.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -20,7 +21,7 @@ from fromzero.errors import RecipeError, ShapeError, did_you_mean
 
 CLASSIFY = ("accuracy", "macro_f1")
 REGRESS = ("r2", "rmse", "mae")
-TOKENS = ("perplexity", "token_accuracy")
+TOKENS = ("perplexity", "bits_per_byte", "token_accuracy")
 _KINDS = {"classes": CLASSIFY, "numbers": REGRESS, "tokens": TOKENS}
 
 
@@ -34,6 +35,7 @@ class Metrics:
               0, or 1 where it is hit exactly (scikit-learn's convention)
     rmse, mae over all elements, in the units of what is given
     perplexity, token_accuracy  e to the mean nats of the next token, and the share of tokens named right
+    bits_per_byte               of the text that the tokens say, so that tokenizers can be compared; nan where its bytes are not known
 
     outputs:  C, or K
     binary:   the loss is bce: outputs are K logits, each for one yes or no
@@ -60,11 +62,16 @@ class Metrics:
         self._sums.to(home)
         self._sums.update(outputs.detach().to(home), targets.detach().to(home))
 
-    def compute(self) -> dict[str, float]:
-        """The metrics of all batches, of all processes. Waits for the GPU, and for the other processes."""
+    def compute(self, *, text_bytes: int = 0) -> dict[str, float]:
+        """The metrics of all batches, of all processes. Waits for the GPU, and for the other processes.
+
+        text_bytes: UTF-8 length of all that was predicted
+        """
         with warnings.catch_warnings():  # a process without a batch of its own takes part all the same
             warnings.filterwarnings("ignore", message="The ``compute`` method of metric")
             found = self._sums.compute()
+        if "nats" in found:
+            found["bits_per_byte"] = found["nats"] / (math.log(2) * (text_bytes or math.nan))
         return {name: float(found[name]) for name in self.names}
 
     def reset(self) -> None:
@@ -195,7 +202,7 @@ class _Tokens(torchmetrics.Metric):
         self.total += len(targets)
 
     def compute(self) -> dict[str, Tensor]:
-        return {"perplexity": (self.nats / self.total).exp(), "token_accuracy": self.right.double() / self.total}
+        return {"nats": self.nats, "perplexity": (self.nats / self.total).exp(), "token_accuracy": self.right.double() / self.total}
 
 
 def _columns(outputs: Tensor, targets: Tensor, width: int) -> tuple[Tensor, Tensor]:

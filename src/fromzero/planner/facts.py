@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from fromzero.data import ImageFormat, Loaded, Request, TextAsked, TextExamples, load, load_corpus
+from fromzero.data import ChatAsked, ImageFormat, Inputs, Loaded, Request, TextAsked, TextExamples, load, load_chat, load_corpus
 from fromzero.data.opening import find_path
 from fromzero.data.table import read_text
 from fromzero.devices import look_at_machine
 from fromzero.errors import DataError, ModelError
-from fromzero.models import inspect_model
+from fromzero.models import ModelFacts, inspect_model
 from fromzero.planner.values import Facts
-from fromzero.recipe.schema import Given, ImageInput, Recipe
-from fromzero.tuning import Frozen, find_frozen, new_head
+from fromzero.recipe.schema import Adapter, Given, ImageInput, Recipe
+from fromzero.tuning import Frozen, add_adapters, choose_targets, find_frozen, frozen_beside, new_head
 
 PIECE = 256  # tokens of a piece of a corpus, where neither the recipe nor the model says
-BuildModel = Callable[[Recipe, Loaded], nn.Module]  # the model as the recipe's source gives it, before head and freeze
+INSPECTED = 256  # tokens of a document that are run through the model to see what it keeps in memory
+Built = tuple[nn.Module, Mapping[str, tuple[int, ...]]]  # the model, and the rows of the parts of its joined matrices
+BuildModel = Callable[[Recipe, Loaded], Built]  # as the recipe's source gives it, before head, adapters and freeze
 
 
 @dataclass(frozen=True)
@@ -31,12 +34,16 @@ class Look:
 
 @dataclass(frozen=True)
 class Reader:
-    """What the model's source says of text: its tokenizer.json, how many positions it has, whether it reads tokens at all."""
+    """What the model's source says of text: its tokenizer.json, how many positions it has, whether it reads tokens at all;
+    its chat template, special tokens as texts, and the ids that end an answer."""
 
     tokenizer: str | None = None
     context: int | None = None
     reads_text: bool | None = None
     published: bool = False  # the weights were made for certain tokens
+    template: str | None = None
+    special: Mapping[str, str] = field(default_factory=dict)
+    stops: tuple[int, ...] = ()
 
 
 def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: Reader) -> Look:
@@ -46,10 +53,10 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: R
     """
     machine = look_at_machine(recipe.limits.device)
     asked = request(recipe, folders, reader)
-    loaded = load_corpus(asked) if recipe.task == "language" else load(asked)
-    _refuse_long_texts(loaded, reader)
-    inputs, targets = loaded.train.take(_two(loaded))
-    model = build(recipe, loaded)
+    loaded = load_corpus(asked) if recipe.task == "language" else load_chat(asked) if recipe.task == "chat" else load(asked)
+    _refuse_long_texts(recipe, loaded, reader)
+    inputs, targets = _two(loaded)
+    model, joined = build(recipe, loaded)
     name = str(recipe.model.source)
     _refuse_unknown_tokens(model, loaded, name)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -60,24 +67,57 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: R
         seen = inspect_model(model, two, name, rows=len(targets))
     layers = {layer.name: tuple(layer.tensors) for layer in seen.layers}
     freeze = recipe.freeze
-    parameters = [n for n, _ in model.named_parameters()]
     head = recipe.head.layer or seen.head
-    still = (
-        Frozen() if freeze.nothing else find_frozen(layers, parameters, head, body=freeze.body, through=freeze.through, names=freeze.names)
-    )
-    return Look(Facts(machine, loaded.facts, seen, still), loaded)
+    adapted: dict[str, tuple[int, ...]] = {}
+    if recipe.adapter is not None:
+        adapted = _adapted(recipe.adapter, model, seen, joined)
+        model = add_adapters(model, adapted, **adapter_options(recipe.adapter), seed=recipe.seed)
+        seen = inspect_model(model, two, name, rows=len(targets))
+        layers = {layer.name: tuple(layer.tensors) for layer in seen.layers}
+        still = frozen_beside(model, layers, learn=recipe.adapter.train, head=head if recipe.head.new else None)
+    else:
+        parameters = [n for n, _ in model.named_parameters()]
+        asked_still = {"body": freeze.body, "through": freeze.through, "names": freeze.names}
+        still = Frozen() if freeze.nothing else find_frozen(layers, parameters, head, **asked_still)
+    return Look(Facts(machine, loaded.facts, seen, still, adapted), loaded)
 
 
-def _two(loaded: Loaded) -> torch.Tensor:
-    """Two examples; of text the longest ones, so that memory is not guessed too low."""
-    if isinstance(loaded.train, TextExamples):
-        return loaded.train.lengths.argsort(descending=True)[:2]
-    return torch.tensor([0, min(1, len(loaded.train) - 1)])
+def adapter_options(asked: Adapter) -> dict[str, Any]:
+    """A recipe's adapter as the tuning room wants it."""
+    return {
+        "rank": asked.rank,
+        "alpha": asked.alpha,
+        "rank_stabilised": asked.rank_stabilised,
+        "dora": asked.name == "dora",
+        "dropout": asked.dropout,
+        "base": asked.base,
+    }
 
 
-def _refuse_long_texts(loaded: Loaded, reader: Reader) -> None:
-    """Nothing is cut unasked, and a model has no positions beyond its context."""
-    if isinstance(loaded.train, TextExamples) and reader.context is not None and loaded.facts.text is not None:
+def _adapted(asked: Adapter, model: nn.Module, seen: ModelFacts, joined: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The Linears that get adapters, each with the rows of its parts: as many adapters as the published model has matrices there."""
+    last = None if asked.layers == "all" else int(asked.layers.removeprefix("last-"))
+    chosen = choose_targets(seen.linears, stages=seen.stages, head=seen.head, targets=asked.targets, last=last)
+    modules = dict(model.named_modules())
+    return {name: joined.get(name) or (int(modules[name].out_features),) for name in chosen}  # type: ignore[arg-type]
+
+
+def _two(loaded: Loaded) -> tuple[Inputs, torch.Tensor]:
+    """Two examples; of text the longest ones, so that memory is not guessed too low, and only their beginnings."""
+    train = loaded.train
+    if not isinstance(train, TextExamples):
+        return train.take(torch.tensor([0, min(1, len(train) - 1)]))
+    longest = train.lengths.argsort(descending=True)[:2]
+    (tokens, offsets), targets = train.take(longest)
+    kept = [offsets[i] + torch.arange(min(int(length), INSPECTED)) for i, length in enumerate(offsets.diff())]
+    places = torch.cat(kept)
+    short = torch.tensor([0, *map(len, kept)]).cumsum(0)
+    return (tokens[places], short), targets[places] if train.answers is None else targets
+
+
+def _refuse_long_texts(recipe: Recipe, loaded: Loaded, reader: Reader) -> None:
+    """Nothing is cut unasked, and a model has no positions beyond its context. Of conversations the plan says so."""
+    if recipe.task != "chat" and isinstance(loaded.train, TextExamples) and reader.context is not None and loaded.facts.text is not None:
         parts = [part.lengths for part in (loaded.train, loaded.validation) if isinstance(part, TextExamples)]
         lengths = torch.cat(parts)
         if (long := int((lengths > reader.context).sum())) > 0:
@@ -119,13 +159,35 @@ def _text(recipe: Recipe, folders: tuple[Path, ...], reader: Reader) -> TextAske
     options = recipe.model.options
     context = reader.context or (options["context"] if isinstance(options.get("context"), int) else None)
     pieces = context or PIECE if recipe.task == "language" else None
-    return TextAsked(tokenizer, data.vocabulary, data.max_tokens or pieces)
+    return TextAsked(tokenizer, data.vocabulary, data.max_tokens or pieces, stream=data.documents == "stream")
+
+
+def _chat(recipe: Recipe, folders: tuple[Path, ...], reader: Reader, tokenizer: str) -> ChatAsked | None:
+    data = recipe.data
+    if recipe.task != "chat":
+        return None
+    template = reader.template if data.template == "auto" else read_text(find_path(data.template, folders))
+    if template is None:
+        mend = "name one: data.template: chat.jinja, or start from a model that was made to converse"
+        raise ModelError("brings no chat template", why="turns would have no form", mend=mend, key="data.template")
+    return ChatAsked(
+        tokenizer=tokenizer,
+        template=template,
+        special=dict(reader.special),
+        stops=reader.stops,
+        context=reader.context,
+        max_tokens=data.max_tokens,
+        too_long=data.too_long,
+        turns=data.turns,
+        mapping=data.mapping,
+    )
 
 
 def request(recipe: Recipe, folders: tuple[Path, ...], reader: Reader) -> Request:
     """A recipe's data section as the data room wants it."""
     data = recipe.data
     limit = data.limit
+    text = _text(recipe, folders, reader)
     image = ImageFormat(data.input.size[0], data.input.size[1], data.input.channels) if isinstance(data.input, ImageInput) else None
     kinds = {"bce": "binary", "cross_entropy": "index", "own": "index" if recipe.task == "classify" else "number"}
     return Request(
@@ -142,9 +204,10 @@ def request(recipe: Recipe, folders: tuple[Path, ...], reader: Reader) -> Reques
         scale_target=data.scale_target == "standard",
         skip_broken=data.skip_broken,
         answers=kinds.get(recipe.loss_name, "number"),
-        text=_text(recipe, folders, reader),
+        text=text,
         reads_text=reader.reads_text,
         keep_shared=data.shared == "keep",
+        chat=_chat(recipe, folders, reader, text.tokenizer),
         seed=recipe.seed,
         folders=folders,
     )

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import math
 
-from fromzero.errors import Fault, PlanRefused
+from fromzero.data import TextFacts, count_batches
+from fromzero.errors import Fault, PlanRefused, RecipeError
 from fromzero.optim import lr_multiplier
 from fromzero.planner.cost import run_seconds, training_bytes
 from fromzero.planner.values import Choice, Facts, Finding, Plan, TrainRow
 from fromzero.planner.xray import findings
-from fromzero.recipe.schema import Recipe
+from fromzero.recipe.schema import BatchTokens, Recipe
 from fromzero.report.summary import format_bytes
 
 _WIDTH = {"float32": 4, "float64": 8, "bf16": 4}  # bytes of a master weight
-ATTENTION_ERROR = 1e-4  # relative; float32 sums in another order stay far below
+PATH_ERROR = 1e-4  # relative; float32 sums in another order stay far below
+SCORE_BYTES = 2**26  # of scores over a vocabulary at once: rows enough for full speed, and never a whole batch of a large vocabulary
+PIECE_TOKENS = 2048  # at once, where adapters learn: larger pieces take more memory and are no faster
 _SHARE = 0.8  # of the free memory
 
 
 def make(recipe: Recipe, facts: Facts) -> Plan:
     """Decide how. The plan may carry findings of severity error; `refuse` turns those into an exception."""
     data = facts.data
-    batch = data.train if recipe.batch == "all" else min(recipe.batch, data.train)
-    steps_per_epoch = max(1, math.ceil(data.train / batch))
-    steps = recipe.steps or max(1, round((recipe.epochs or 10) * steps_per_epoch))
+    batch, batch_tokens, steps_per_epoch = _batch(recipe, facts)
+    steps = recipe.steps or max(1, round(_epochs(recipe, facts) * steps_per_epoch))
     every = steps_per_epoch if recipe.evaluate.every == "epoch" else recipe.evaluate.every
     evaluations = math.ceil(steps / every) if data.validation else 0
     trains = _trains(recipe, facts)
@@ -30,7 +32,10 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
     trainable = sum({p: n for layer in facts.model.layers for p, n in layer.tensors.items() if p not in still}.values())
     precision, precision_choice = _precision(recipe, facts)
     micro, micro_choice, trouble = _micro_batch(recipe, facts, batch, trainable, precision)
+    pieces = _piece_tokens(recipe, facts, batch, micro)
+    rows = _score_rows(recipe, facts, batch)
     attention, why = _attention(facts)
+    lowrank, merged = _lowrank(recipe, facts)
     threads = facts.machine.threads if recipe.limits.threads == "auto" else min(recipe.limits.threads, facts.machine.threads)
     choices = (
         Choice("device", facts.machine.device, _device_reason(recipe, facts)),
@@ -38,7 +43,9 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         Choice("allocator", "keeps freed memory" if facts.machine.keeps_memory else "as it is", _allocator_reason(facts)),
         precision_choice,
         *([Choice("attention", attention, why)] if attention else []),
-        micro_choice,
+        *([Choice("adapters", lowrank, merged)] if lowrank else []),
+        micro_choice if pieces is None else Choice("micro_batch", f"{pieces} tokens", f"of at most {_worst(recipe, facts, batch)} a step; one division"),
+        *([Choice("scores", f"{rows} rows", "of trained tokens at once; all scores of a batch are never in memory")] if rows else []),
     )
     found = [*trouble, *findings(recipe, facts)]
     if not trainable:
@@ -60,12 +67,16 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         keep_memory=facts.machine.keeps_memory,
         precision=precision,
         attention=attention,
+        lowrank=lowrank,
         batch=batch,
+        batch_tokens=batch_tokens,
         micro_batch=micro,
+        micro_tokens=pieces,
+        score_rows=rows,
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         evaluate_every=every,
-        grade="precision" if precision == "bf16" else "bitwise" if micro >= batch else "reordered",
+        grade="precision" if precision == "bf16" else "bitwise" if micro >= batch and pieces is None and rows is None and lowrank != "merged" else "reordered",
         choices=choices,
         trains=trains,
         trainable_parameters=trainable,
@@ -121,12 +132,74 @@ def _attention(facts: Facts) -> tuple[str, str]:
     if not facts.model.attends:
         return "", ""
     fast = "varlen" if facts.machine.device == "cuda" else "documents"
-    seen = facts.measured
-    if seen is None or seen.attention_error is None:
-        return fast, "fused, for all documents of one length at once; not yet compared with the plain path"
-    if seen.attention_error > ATTENTION_ERROR:
-        return "plain", f"the {fast} path differs by {seen.attention_error:.1e} of the largest gradient"
-    return fast, f"fused; loss and gradients within {seen.attention_error:.1e} of the plain path, measured here"
+    return _fast_if_equal(facts, fast, "fused, for all documents of one length at once")
+
+
+def _lowrank(recipe: Recipe, facts: Facts) -> tuple[str, str]:
+    """The path of adapters, as with attention."""
+    asked = recipe.adapter
+    if asked is None:
+        return "", ""
+    if asked.dropout:
+        return "plain", "adapter.dropout acts on their inputs alone"
+    if asked.base != "full" or asked.name == "dora":
+        return "plain", f"adapter.{'base' if asked.base != 'full' else 'name'}: two thin products beside each matrix"
+    return _fast_if_equal(facts, "merged", "W + s·B·A once a step, one product a layer")
+
+
+def _fast_if_equal(facts: Facts, fast: str, what: str) -> tuple[str, str]:
+    error = None if facts.measured is None else facts.measured.path_errors.get(fast)
+    if error is None:
+        return fast, f"{what}; not yet compared with the plain path"
+    if error > PATH_ERROR:
+        return "plain", f"the {fast} path differs by {error:.1e} of the largest gradient"
+    return fast, f"{what}; loss and gradients within {error:.1e} of the plain path, measured here"
+
+
+def _batch(recipe: Recipe, facts: Facts) -> tuple[int, int | None, int]:
+    """Samples a step, tokens a step where the recipe counts those, and steps an epoch."""
+    count, text, asked = facts.data.train, facts.data.text, recipe.batch
+    if isinstance(asked, BatchTokens):
+        seen = _text_of(text, "batch.tokens")
+        steps = count_batches(seen.tokens, seen.longest, asked.tokens)
+        return math.ceil(count / steps), asked.tokens, steps
+    batch = count if asked == "all" else min(asked, count)
+    return batch, None, max(1, math.ceil(count / batch))
+
+
+def _epochs(recipe: Recipe, facts: Facts) -> float:
+    if recipe.tokens is not None:
+        return recipe.tokens / _text_of(facts.data.text, "tokens").tokens
+    return recipe.epochs or 10
+
+
+def _text_of(text: TextFacts | None, key: str) -> TextFacts:
+    if text is None:
+        raise RecipeError("counts tokens, but the data is no text", mend="count samples: batch: 64, epochs: 10", key=key)
+    return text
+
+
+def _worst(recipe: Recipe, facts: Facts, batch: int) -> int:
+    """Most tokens that a batch can have."""
+    longest = facts.data.text.longest if facts.data.text else 0
+    return 2 * recipe.batch.tokens + longest if isinstance(recipe.batch, BatchTokens) else batch * longest
+
+
+def _piece_tokens(recipe: Recipe, facts: Facts, batch: int, micro: int) -> int | None:
+    """Most tokens at once, where a batch of text may be cut and gains by it."""
+    text, may_not = facts.data.text, facts.model.random or facts.model.coupled
+    if text is None or may_not or not facts.model.token_bytes or micro < batch or recipe.adapter is None:
+        return None
+    most = max(PIECE_TOKENS, text.longest)
+    return most if _worst(recipe, facts, batch) > most else None
+
+
+def _score_rows(recipe: Recipe, facts: Facts, batch: int) -> int | None:
+    if not recipe.predicts_tokens or facts.model.foreign:
+        return None
+    vocabulary = facts.model.output_shape[-1] if facts.model.output_shape else 1
+    rows = max(16, SCORE_BYTES // (4 * vocabulary))
+    return rows if rows < max(_worst(recipe, facts, batch), 4096) else None
 
 
 def _micro_batch(recipe: Recipe, facts: Facts, batch: int, trainable: int, precision: str) -> tuple[int, Choice, list[Finding]]:

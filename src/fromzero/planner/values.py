@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -28,7 +28,7 @@ class Measured:
     silent: tuple[str, ...]
     peak_bytes: int
     batch: int
-    attention_error: float | None = None  # of the fast path against the plain one, relative to the largest gradient
+    path_errors: dict[str, float] = field(default_factory=dict)  # fast path → its distance from the plain one, relative to the largest gradient
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,7 @@ class Facts:
     data: DataFacts
     model: ModelFacts
     frozen: Frozen
+    adapted: dict[str, tuple[int, ...]] = field(default_factory=dict)  # Linears beside which adapters learn → rows of their parts
     measured: Measured | None = None
 
     def with_measured(self, measured: Measured) -> Facts:
@@ -80,7 +81,8 @@ class TrainRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen. batch: samples a step; micro_batch: samples in memory at once."""
+    """What will happen. batch: samples a step, on average where batch_tokens says how many tokens; micro_batch, micro_tokens:
+    most samples and tokens in memory at once; score_rows: most rows of scores over a vocabulary at once."""
 
     recipe: Recipe
     facts: Facts
@@ -89,8 +91,12 @@ class Plan:
     keep_memory: bool  # freed memory stays with the process
     precision: str
     attention: str  # the path that attention over documents takes; "" where there is none
+    lowrank: str  # the path that adapters take; "" where there are none
     batch: int
+    batch_tokens: int | None
     micro_batch: int
+    micro_tokens: int | None
+    score_rows: int | None
     steps_per_epoch: int
     steps: int
     evaluate_every: int  # optimizer steps

@@ -26,7 +26,7 @@ _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
-_LATER = (("adapter",), ("certificate",), ("tokens",))
+_LATER = (("certificate",),)
 _TAGS = frozenset(["map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value"])
 
 KeyPath = tuple[Any, ...]
@@ -228,7 +228,7 @@ def override(written: Written, overrides: Sequence[str]) -> None:
         raise RecipeError(faults)
 
 
-_RIVALS = {"steps": ("epochs",), "epochs": ("steps",)}  # naming one on the command line takes the other back
+_RIVALS = {"steps": ("epochs", "tokens"), "epochs": ("steps", "tokens"), "tokens": ("epochs", "steps")}  # naming one on the command line takes the other back
 _SHORT_FOR = {
     "model": "from",
     "data": "train",
@@ -237,6 +237,7 @@ _SHORT_FOR = {
     "loss": "name",
     "evaluate": "every",
     "save": "every",
+    "adapter": "name",
 }
 
 

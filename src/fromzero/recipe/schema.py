@@ -146,6 +146,22 @@ class Freeze(Section):
         return not (self.body or self.through or self.names)
 
 
+class Adapter(Section):
+    """Low-rank matrices beside frozen ones; only they learn."""
+
+    name: Literal["lora", "dora"] = Field("lora", description="lora: W + s·B·A; dora: its rows rescaled by a learned magnitude")
+    rank: int = Field(8, ge=1, le=1024, description="rows of A, columns of B")
+    alpha: float = Field(16.0, gt=0, description="s = alpha / rank")
+    rank_stabilised: bool = Field(False, description="true: s = alpha / √rank")
+    targets: Literal["all-linear", "attention", "mlp"] | tuple[str, ...] = Field(
+        "all-linear", description="which Linears: all-linear (all but the head), attention, mlp, or a list of globs of their names"
+    )
+    layers: str = Field("all", pattern=r"^(all|last-[1-9][0-9]*)$", description="all, or last-N: only the last N stages that hold a target")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapters' inputs set to 0 in training")
+    base: Literal["full", "8bit", "4bit"] = Field("full", description="how the frozen matrices are kept: full, 8bit or 4bit (lossy, smaller)")
+    train: tuple[str, ...] = Field((), description="globs of parameters that learn whole beside the adapters, such as embedding.tokens.weight")
+
+
 # -------------------------------------------------------------------------------------------- data
 
 
@@ -219,7 +235,18 @@ class Data(Section):
     vocabulary: int = Field(8000, ge=300, le=1_000_000, description="text: how many tokens bpe learns")
     max_tokens: Annotated[Annotated[int, Field(ge=2)] | None, NoneWord] = Field(
         None,
-        description="text: longer texts are cut to this; language: documents are cut into pieces of this (the model's context if left out)",
+        description="text: longer texts are cut to this; language: documents are cut into pieces of this (the model's context if left out); chat: see too_long",
+    )
+    documents: Literal["apart", "stream"] = Field(
+        "apart", description="language: apart (no piece holds two documents), or stream (end to end, cut regardless of where they end)"
+    )
+    template: str = Field("auto", description="chat: auto (the model's own chat template), or a .jinja file")
+    mapping: dict[str, str] = Field(
+        {}, description="chat: {user: COLUMN, assistant: COLUMN, system: COLUMN} or {messages: COLUMN, role: KEY, content: KEY}"
+    )
+    turns: Literal["all", "last"] = Field("all", description="chat: which of the assistant's turns are learned")
+    too_long: Annotated[Literal["cut", "drop", "split"] | None, NoneWord] = Field(
+        None, description="chat: what becomes of conversations beyond max_tokens or the model's context; left out: they are refused"
     )
     shared: Literal["leave_out", "keep"] = Field("leave_out", description="validation examples that stand in train too")
     skip_broken: int = Field(0, ge=0, description="how many unreadable images may be left out before the run is refused")
@@ -352,12 +379,17 @@ class Schedule(Section):
     peak_at: float = Field(0.3, gt=0, lt=1, description="one_cycle: share of the steps after which lr is at its top")
 
 
+class BatchTokens(Section):
+    tokens: int = Field(ge=1, description="text: about this many tokens per optimizer step; no document is cut for it")
+
+
 class Evaluate(Section):
     every: Literal["epoch"] | Annotated[int, Field(ge=1)] = Field("epoch", description="epoch, or a number of optimizer steps")
     keep: Literal["best", "last"] = Field("best", description="which weights the run's model has: lowest validation loss, or the last")
     stop_after: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(
         None, description="stop after this many evaluations without a lower loss"
     )
+    samples: int = Field(2, ge=0, le=100, description="language, chat: how many beginnings from the validation data are gone on with, to be read")
 
 
 class Save(Section):
@@ -395,7 +427,13 @@ class Limits(Section):
 
 # ------------------------------------------------------------------------------------------ recipe
 
-METRICS = {"classify": ("accuracy", "macro_f1"), "regress": ("r2", "rmse", "mae"), "language": ("perplexity", "token_accuracy")}
+METRICS = {
+    "classify": ("accuracy", "macro_f1"),
+    "regress": ("r2", "rmse", "mae"),
+    "language": ("perplexity", "bits_per_byte", "token_accuracy"),
+    "chat": ("perplexity", "token_accuracy"),
+}
+TOKEN_TASKS = ("language", "chat")  # the next token is predicted
 
 
 class Recipe(Section):
@@ -404,26 +442,30 @@ class Recipe(Section):
     name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="folder name of the run; the recipe's file name if left out"
     )
-    task: Literal["classify", "regress", "language"] = Field(
-        description="classify (name a class), regress (predict numbers) or language (predict the next token of raw text)"
+    task: Literal["classify", "regress", "language", "chat"] = Field(
+        description="classify (name a class), regress (predict numbers), language (go on with raw text) or chat (answer in conversations)"
     )
     model: Model = Field(description="a catalogue name, FILE.py:CLASS, run:NAME, or {from: …, any option of that model}")
     head: Head = Field(Head(), description="keep | new (sized from the data)")
     freeze: Freeze = Field(Freeze(), description="none | body | {through: LAYER} | [globs of parameter names]")
+    adapter: Annotated[Adapter | None, _short("name"), NoneWord] = Field(None, description="none | lora | dora, with options")
     data: Data = Field(description="a source, or a section")
     loss: Loss | None = Field(None, description="auto | cross_entropy | bce | mse | mae | huber | FILE.py:FUNCTION, with options")
-    metrics: tuple[Literal["accuracy", "macro_f1", "r2", "rmse", "mae", "perplexity", "token_accuracy"], ...] | None = Field(
+    metrics: tuple[Literal["accuracy", "macro_f1", "r2", "rmse", "mae", "perplexity", "bits_per_byte", "token_accuracy"], ...] | None = Field(
         None, description="auto, or a list"
     )
     optimizer: AnyOptimizer = Field(AdamW(), description="adamw | adam | sgd | rmsprop, with options")
     schedule: Annotated[Schedule, _short("name")] = Field(
         Schedule(), description="constant | linear | cosine | step | one_cycle, with warmup"
     )
-    batch: Annotated[int, Field(ge=1)] | Literal["all"] = Field(64, description="samples per optimizer step; all: gradient descent")
+    batch: Annotated[int, Field(ge=1)] | Literal["all"] | BatchTokens = Field(
+        64, description="samples per optimizer step; all: gradient descent; {tokens: N} for text"
+    )
     epochs: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, NoneWord] = Field(
-        None, description="passes over the training data (10 if neither this nor steps is given)"
+        None, description="passes over the training data (10 if neither this nor steps or tokens is given)"
     )
     steps: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(None, description="optimizer steps, instead of epochs")
+    tokens: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(None, description="text: tokens to train on, instead of epochs")
     clip: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(None, description="largest norm of the whole gradient")
     precision: Literal["float32", "float64", "bf16", "auto"] = Field(
         "float32", description="float32 | float64 | bf16 | auto (bf16 where the device has it)"
@@ -474,8 +516,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _one_duration(self) -> Self:
-        if self.epochs is not None and self.steps is not None:
-            raise ValueError("epochs and steps are both given; the length of a run is one of them")
+        given = [name for name in ("epochs", "steps", "tokens") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are both given; the length of a run is one of them")
         return self
 
     @model_validator(mode="after")
@@ -483,14 +526,24 @@ class Recipe(Section):
         name = self.loss_name
         if self.task == "classify" and name in ("mse", "mae", "huber"):
             raise ValueError(f"task classify names classes, but loss {name} measures numbers; use cross_entropy or bce, or task: regress")
-        if self.task == "language" and name not in ("cross_entropy", "own"):
-            raise ValueError(f"task language predicts tokens, but loss {name} does not; use cross_entropy")
+        if self.predicts_tokens and name not in ("cross_entropy", "own"):
+            raise ValueError(f"task {self.task} predicts tokens, but loss {name} does not; use cross_entropy")
         if self.task == "regress" and name in ("cross_entropy", "bce"):
             raise ValueError(f"task regress predicts numbers, but loss {name} compares classes; use mse, mae or huber, or task: classify")
         wrong = [m for m in self.metric_names if m not in METRICS[self.task]]
         if wrong:
             raise ValueError(f"metric {wrong[0]} does not belong to task {self.task}")
         return self
+
+    @model_validator(mode="after")
+    def _adapter_alone(self) -> Self:
+        if self.adapter is not None and not self.freeze.nothing:
+            raise ValueError("adapter and freeze are both given; with an adapter all that it does not train stands still")
+        return self
+
+    @property
+    def predicts_tokens(self) -> bool:
+        return self.task in TOKEN_TASKS
 
     @property
     def loss_name(self) -> str:

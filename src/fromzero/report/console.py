@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TextIO
 
-from fromzero.report.events import Evaluated, Event, Finished, Planned, Saved, Started, StepDone, Warned
+from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, StepDone, Warned
 from fromzero.report.summary import WIDTH, cut, format_count, format_number, format_seconds, printable
 
 TERMINAL_INTERVAL = 0.1  # seconds between two drawings of the bar
@@ -67,6 +67,8 @@ class Console:
             self._say(f"{event.run}: training{again} in {event.folder}")
         elif isinstance(event, Evaluated):
             self._paper.line(self._evaluation(event), "bold" if event.best else "")
+        elif isinstance(event, Sampled):
+            self._say(f"… {event.prompt[-60:]} → {event.text[:200]}", "dim")
         elif isinstance(event, Saved):
             self._saved_until = now + _SAVED_SECONDS
         elif isinstance(event, Warned):

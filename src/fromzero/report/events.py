@@ -30,7 +30,7 @@ class Started:
 
 @dataclass(frozen=True)
 class StepDone:
-    """One optimizer step. epoch: counted from 1; samples: seen so far; loss: mean per sample of this batch; norm: of the whole gradient, None where not clipped."""
+    """One optimizer step. epoch: counted from 1; samples: seen so far; loss: mean per sample of this batch; norm: of the whole gradient, before it was clipped."""
 
     step: int
     epoch: int
@@ -50,6 +50,15 @@ class Evaluated:
     train_loss: float
     metrics: dict[str, float] = field(default_factory=dict)
     best: bool = False
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """How the model goes on with a beginning from the validation data."""
+
+    step: int
+    prompt: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +87,7 @@ class Finished:
     result: dict[str, Any] = field(default_factory=dict)
 
 
-Event = Planned | Started | StepDone | Evaluated | Saved | Warned | Finished
+Event = Planned | Started | StepDone | Evaluated | Sampled | Saved | Warned | Finished
 
 
 def as_json(event: Event) -> dict[str, Any]:

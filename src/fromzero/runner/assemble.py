@@ -6,7 +6,7 @@ import copy
 import importlib.util
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fromzero.data import Augmentation, Classes, Examples, Loaded
+from fromzero.data import Augmentation, ChatFormat, Classes, Examples, Loaded
 from fromzero.data.opening import find_path
 from fromzero.errors import ModelError, RecipeError
 from fromzero.models import Blueprint, Sizes, blueprint_of_file, blueprint_of_name, blueprint_of_object, choose_path, seeded
 from fromzero.models.foreign import hub_name
 from fromzero.objectives import LOSSES, Loss, Metrics
 from fromzero.optim import lr_factor, make_optimizer, parameter_groups
+from fromzero.planner.facts import adapter_options
 from fromzero.planner.values import Plan
 from fromzero.recipe.schema import Given, OwnLoss, Recipe
 from fromzero.runner.judge import Judge
-from fromzero.runner.saved import Design, SavedModel
+from fromzero.runner.saved import Adapted, Design, SavedModel
 from fromzero.runner.start import Start, build_published, load_weights
-from fromzero.tuning import Frozen, freeze, new_head
+from fromzero.tuning import Frozen, add_adapters, choose_lowrank_path, freeze, new_head, tensors_digest
 
 MEASURED_SAMPLES, MEASURED_TOKENS = 256, 4096
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}  # of the master weights
@@ -80,7 +81,7 @@ def build_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module
             raise RecipeError(
                 f"'{source}' names weights, and weights: none wants none", mend="take it out, or name an architecture", key="model.weights"
             )
-        language = recipe.task == "language"
+        language = recipe.predicts_tokens
         fresh = loaded.facts.outputs if recipe.head.new and not language else None
         model, design = build_published(start.published, options, per_token=language, fresh_head=fresh, seed=recipe.seed)
         if (
@@ -101,11 +102,17 @@ def build_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module
     else:
         facts = loaded.facts
         vocabulary = None if facts.text is None else facts.text.vocabulary
-        blueprint = blueprint_of_name(source, Sizes(facts.input_shape, facts.outputs, vocabulary, recipe.task == "language"), options)
+        blueprint = blueprint_of_name(source, Sizes(facts.input_shape, facts.outputs, vocabulary, recipe.predicts_tokens), options)
     model = seeded(recipe.seed, blueprint.build)
     if recipe.model.weights not in ("auto", "none") and blueprint.kind != "hub":
         load_weights(model, recipe.model.weights, place.folders)
     return model, Design(blueprint.name, blueprint)
+
+
+def inspected_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:
+    """The model, and the rows of the parts of each Linear that joins several published matrices."""
+    model, design = build_model(recipe, loaded, place)
+    return model, {name.removesuffix(".weight"): sizes for name, (_, how, sizes) in design.names().items() if how == "cat"}
 
 
 def _outside(recipe: Recipe, loaded: Loaded, place: Place) -> Blueprint:
@@ -131,10 +138,13 @@ def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
         layer = recipe.head.layer or plan.facts.model.head
         model = seeded(recipe.seed, lambda: new_head(model, layer, loaded.facts.outputs, linears=plan.facts.model.linears))
         design = Design(design.name, design.blueprint, (*design.heads, (layer or "", loaded.facts.outputs)))
-    device, dtype = torch.device(plan.device), DTYPES[plan.precision]
+    frozen, device, dtype = plan.facts.frozen, torch.device(plan.device), DTYPES[plan.precision]
     model.to(device, dtype)
+    if recipe.adapter is not None:
+        design = replace(design, adapted=_adapted(plan, place, model))
+        add_adapters(model, plan.facts.adapted, **design.adapted.options, seed=recipe.seed)  # type: ignore[union-attr]
+        choose_lowrank_path(model, plan.lowrank)
     choose_path(model, plan.attention)
-    frozen = plan.facts.frozen
     freeze(model, frozen)
     spec = recipe.optimizer
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -153,8 +163,28 @@ def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
         factor=lambda step: lr_factor(recipe.schedule.name, step, plan.steps, **schedule),
         augment=_augmentation(recipe, loaded),
         device=device,
-        saved=SavedModel(design, loaded.preparation, recipe.task, recipe.loss_name, Path(), published=place.start.accompanying),
+        saved=SavedModel(design, loaded.preparation, recipe.task, recipe.loss_name, Path(), published=_accompanying(loaded, place)),
     )
+
+
+def _adapted(plan: Plan, place: Place, model: nn.Module) -> Adapted:
+    """model: on its device, before adapters"""
+    assert plan.recipe.adapter is not None
+    inner = {f"{name}." for name in plan.facts.adapted}
+    still = set(plan.facts.frozen.parameters)
+    learned = [n for n, _ in model.named_parameters() if n not in still and not n.startswith(tuple(inner))]
+    options = adapter_options(plan.recipe.adapter)
+    kept = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
+    return Adapted(plan.facts.adapted, options, place.start.base, tensors_digest(kept), tuple(learned))
+
+
+def _accompanying(loaded: Loaded, place: Place) -> dict[str, Any]:
+    """What goes on with the weights; of conversations the template they were learned with, and what ends an answer in it."""
+    form, found = loaded.preparation.inputs, place.start.accompanying
+    if not isinstance(form, ChatFormat):
+        return found
+    generation = {**found.get("generation", {}), "eos_token_id": list(form.stops)}
+    return {**found, "special": {**found.get("special", {}), **form.special}, "chat_template": form.template, "generation": generation}
 
 
 def _outputs(plan: Plan) -> int:
@@ -180,15 +210,16 @@ def make_judge(plan: Plan, loaded: Loaded, place: Place) -> Judge:
         answers=loaded.preparation.answers,
         device=device,
         dtype=dtype,
+        rows=plan.score_rows,
         around=(lambda: torch.autocast(device.type, torch.bfloat16)) if plan.precision == "bf16" else nullcontext,
-        batch=max(plan.micro_batch, _at_least(loaded)),
+        batch=_at_once(plan, loaded),
     )
 
 
-def _at_least(loaded: Loaded) -> int:
+def _at_once(plan: Plan, loaded: Loaded) -> int:
     """Samples at once where nothing is kept for a backward pass."""
     text = loaded.facts.text
-    return MEASURED_SAMPLES if text is None else max(1, MEASURED_TOKENS // text.longest)
+    return max(plan.micro_batch, MEASURED_SAMPLES) if text is None else max(1, MEASURED_TOKENS // text.longest)
 
 
 def _loss(plan: Plan, loaded: Loaded, place: Place, device: torch.device, dtype: torch.dtype) -> Loss:

@@ -1,6 +1,7 @@
 """Checkpoints: a job and its progress in, a folder on the disk out that is whole or not there, and back, bit for bit.
 
 checkpoints/step-N/weights.safetensors optimizer.safetensors [best.safetensors] progress.json manifest.json
+What stands still is not written: the run builds it again from its source, and its digest is compared.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from fromzero.runner.assemble import Job
 from fromzero.runner.loop import Best
 from fromzero.runner.progress import Progress
 from fromzero.sources.cache import digest_of, write_whole
+from fromzero.tuning import moving_state
 from fromzero.weights import check_fit, read_tensors, write_tensors
 
 MANIFEST = "manifest.json"
@@ -31,7 +33,7 @@ def save(folder: Path, job: Job, progress: Progress, best: Best, *, keep: int) -
     beside = folder / f"step-{progress.step}.tmp-{os.getpid()}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    write_tensors(beside / "weights.safetensors", job.model.state_dict())
+    write_tensors(beside / "weights.safetensors", moving_state(job.model, job.frozen))
     tensors, numbers = _flat(job.optimizer)
     tensors["random.torch"] = torch.get_rng_state()
     if job.device.type == "cuda":
@@ -108,8 +110,8 @@ def _wrong_with(step: Path) -> str:
 def restore(step: Path, job: Job, best: Best) -> Progress:
     """Put weights, optimizer state and torch's random state back.  raises: SourceError where they do not fit"""
     weights = read_tensors(step / "weights.safetensors")
-    check_fit(job.model.state_dict(), weights, file=str(step))
-    job.model.load_state_dict(weights)
+    check_fit(moving_state(job.model, job.frozen), weights, file=str(step))
+    job.model.load_state_dict(weights, strict=False)
     values = json.loads((step / "progress.json").read_text())
     tensors = read_tensors(step / "optimizer.safetensors")
     torch.set_rng_state(tensors.pop("random.torch"))

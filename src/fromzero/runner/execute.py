@@ -9,18 +9,20 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fromzero.data import Loaded
+from fromzero.data import ChatFormat, Loaded, TextExamples, TextFormat
+from fromzero.data.tokens import decode
 from fromzero.devices import keep_freed_memory, peak_memory
 from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError
+from fromzero.models.generate import generate
 from fromzero.planner.values import Plan
-from fromzero.report.events import Evaluated, Event, Finished, Planned, Saved, Started, Warned
+from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, StepDone, Warned
 from fromzero.runner import checkpoint
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.folder import RESULT
@@ -31,6 +33,9 @@ from fromzero.sources.cache import write_whole
 from fromzero.tuning import frozen_digest
 
 SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two checkpoints
+SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 48, 0.8
+MOVED_AFTER = 3  # steps: a warm-up may begin at 0, and A beside a B of zeros gets its first gradient one step later
+SAMPLES = "samples.json"
 
 
 @dataclass
@@ -95,14 +100,22 @@ class _Run:
         self.saved_at, self.saved_step = time.monotonic(), progress.step
         self.last: Evaluated | None = None
         self.kept: Evaluated | None = None
+        self.samples: list[Sampled] = []
+        self.first = {name: _bits(p) for name, p in job.model.named_parameters() if p.requires_grad}
+        self.check_at = min(progress.step + MOVED_AFTER, job.plan.steps)
 
     def train(self) -> tuple[str, FromzeroError | None]:
         recipe, plan = self.job.plan.recipe, self.job.plan
         resume = f"fromzero resume {self.folder.name}"
+        self.sample()
         try:
             for event in train(self.job, self.progress, self.best, self._stopping):
                 self.tell(event)
+                if isinstance(event, StepDone) and event.step == self.check_at:
+                    self._warn_of_the_unmoved()
                 if isinstance(event, Evaluated):
+                    if recipe.task == "language" or self.progress.step == plan.steps:
+                        self.sample()
                     self.last = event
                     self.kept = event if event.best or recipe.evaluate.keep == "last" or self.kept is None else self.kept
                 self._maybe_save()
@@ -141,6 +154,27 @@ class _Run:
         if due:
             self.save()
 
+    def _warn_of_the_unmoved(self) -> None:
+        parameters = dict(self.job.model.named_parameters())
+        still = [name for name, bits in self.first.items() if _bits(parameters[name]) == bits]
+        if still:
+            few = ", ".join(still[:6]) + (" …" if len(still) > 6 else "")
+            what = f"{len(still)} of {len(self.first)} tensors that should learn have not moved after {MOVED_AFTER} steps: {few}"
+            self.tell(Warned(what, "no gradient reaches them, or their learning rate is too small for their type"))
+
+    def sample(self) -> None:
+        """Go on with a few beginnings from the validation data, so that a person can read what has been learned."""
+        recipe, held, form = self.job.plan.recipe, self.job.validation, self.job.saved.preparation.inputs
+        if not recipe.predicts_tokens or not isinstance(held, TextExamples) or not isinstance(form, (TextFormat, ChatFormat)):
+            return
+        stops, warm = (form.stops, 0.0) if isinstance(form, ChatFormat) else ((), SAMPLE_TEMPERATURE)
+        for number in range(min(recipe.evaluate.samples, len(held))):
+            if prompt := held.beginning(number):
+                said = generate(self.job.model, prompt, most=SAMPLE_TOKENS, stops=stops, temperature=warm, seed=recipe.seed)
+                event = Sampled(self.progress.step, decode(form.tokenizer, prompt), decode(form.tokenizer, list(said)))
+                self.samples.append(event)
+                self.tell(event)
+
     def save(self) -> None:
         path = checkpoint.save(self.folder / "checkpoints", self.job, self.progress, self.best, keep=self.job.plan.recipe.save.keep)
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
@@ -154,9 +188,11 @@ class _Run:
     def finish(self, status: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Write the model and the result."""
         last = {name: tensor.detach() for name, tensor in self.job.model.state_dict().items()}
-        kept = self.best.weights if self.best.weights is not None else last
-        older = kept is not last and self.progress.best_step != self.progress.step
+        kept = last if self.best.weights is None else {**last, **self.best.weights}
+        older = self.best.weights is not None and self.progress.best_step != self.progress.step
         write_model(self.folder / "model", replace(self.job.saved, folder=self.folder / "model"), kept, last if older else None)
+        if self.samples:
+            write_whole(self.folder / SAMPLES, json.dumps([asdict(sample) for sample in self.samples], indent=1, ensure_ascii=False).encode())
         result = self._result(status)
         write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
         return result, kept
@@ -183,6 +219,12 @@ class _Run:
             "kept_step": kept.step if kept is not None else progress.step,
             "grade": plan.grade,
         }
+
+
+def _bits(tensor: Tensor) -> int:
+    """A sum over the bits of all values: a tensor that moves changes it."""
+    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return int(tensor.detach().reshape(-1).view(whole).sum(dtype=torch.int64))
 
 
 def _planned(plan: Plan, folder: Path) -> Planned:

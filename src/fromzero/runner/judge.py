@@ -5,30 +5,29 @@ Dims: B batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fromzero.data import Examples, Inputs, Numbers
+from fromzero.data import Examples, Inputs, Numbers, TextExamples
 from fromzero.data.answers import Answers
 from fromzero.objectives import Loss, Metrics
+from fromzero.runner.step import Around, judged
 
 
 @dataclass
 class Judge:
-    """What it takes to measure a module. batch: samples at once."""
+    """What it takes to measure a module. batch: samples at once; rows: most scores over a vocabulary at once."""
 
     loss: Loss
     metrics: Metrics
     answers: Answers
     device: torch.device
     dtype: torch.dtype
-    around: Callable[[], AbstractContextManager[Any]]
+    around: Around
     batch: int
+    rows: int | None = None
 
     def on_device(self, inputs: Inputs, targets: Tensor) -> tuple[Inputs, Tensor]:
         """Floats in the model's type, all on the model's device."""
@@ -44,13 +43,12 @@ class Judge:
         count = torch.zeros((), dtype=torch.float64)
         for part_of in (torch.arange(len(examples)) if index is None else index).split(self.batch):
             inputs, targets = self.on_device(*examples.take(part_of))
-            with self.around():
-                outputs = model(*inputs)
-                part, counted = self.loss(outputs, targets)
-            total += part.double().cpu()
-            count += counted.double().cpu()
-            self.metrics.update(self._in_units(outputs), self._in_units(targets))
-        return float(total / count), self.metrics.compute()
+            for part in judged(model, inputs, targets, self.loss, self.around, rows=self.rows):
+                total += part.total.double().cpu()
+                count += part.count.double().cpu()
+                self.metrics.update(self._in_units(part.outputs), self._in_units(part.targets))
+        text_bytes = examples.bytes if isinstance(examples, TextExamples) and index is None else 0
+        return float(total / count), self.metrics.compute(text_bytes=text_bytes)
 
     def _in_units(self, values: Tensor) -> Tensor:
         """Numbers in the data's own units; class scores as they are."""

@@ -7,24 +7,25 @@ from __future__ import annotations
 
 import math
 import time
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from fromzero.data import Inputs, epoch_order
-from fromzero.errors import NumbersError
+from fromzero.data import Inputs, TextExamples, epoch_batches, epoch_order
 from fromzero.report.events import Evaluated, Event, StepDone
 from fromzero.runner.assemble import Job
+from fromzero.runner.numbers import gradient_norm, refuse_what_is_no_number
 from fromzero.runner.progress import Progress
 from fromzero.runner.step import Pieces, gradients
-from fromzero.tuning import set_training
+from fromzero.tuning import moving_state, set_training
 
 
 @dataclass
 class Best:
-    """The weights with the lowest validation loss so far, in memory; None where the last ones are kept."""
+    """The weights that learn, as they were at the lowest validation loss so far; None where the last ones are kept."""
 
     weights: dict[str, Tensor] | None = None
 
@@ -32,24 +33,27 @@ class Best:
 def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]) -> Iterator[Event]:
     """Run until the plan's last step, or until `stopping` says so after a step.
 
-    raises: NumbersError where the loss is no finite number; the weights are then those before that step
+    raises: NumbersError where loss or gradient is no finite number; the weights are then those before that step
     """
     recipe, plan = job.plan.recipe, job.plan
     size, began = len(job.train), time.perf_counter() - progress.seconds
     set_training(job.model, job.frozen)
     while progress.step < plan.steps:
         order = epoch_order(recipe.seed, progress.epoch, size)
+        ends = batch_ends(job, order)
         while progress.step < plan.steps:
-            index, epoch = order[progress.index : progress.index + plan.batch], progress.epoch
+            index, epoch = order[progress.index : ends[bisect_right(ends, progress.index)]], progress.epoch
             lr = set_learning_rate(job, progress.step)
             job.optimizer.zero_grad()
-            total, count = gradients(job.model, pieces(job, index, epoch), job.judge.loss, job.judge.around)
-            refuse_what_is_no_number(total, count, job, progress, index)
-            norm = clip(job) if recipe.clip is not None else None
+            total, count = gradients(job.model, pieces(job, index, epoch), job.judge.loss, job.judge.around, rows=plan.score_rows)
+            norm = gradient_norm(job)
+            refuse_what_is_no_number(total, count, norm, job, progress, index)
+            if recipe.clip is not None:
+                clip(job, norm)
             job.optimizer.step()
             progress.advance(len(index), total, count, size)
             progress.seconds = time.perf_counter() - began
-            yield StepDone(progress.step, epoch + 1, progress.samples, total / count, lr, norm)
+            yield StepDone(progress.step, epoch + 1, progress.samples, total / count, lr, float(norm))
             if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
                 yield evaluate_and_keep(job, progress, best, epoch + 1)
                 if recipe.evaluate.stop_after is not None and progress.without_gain >= recipe.evaluate.stop_after:
@@ -60,18 +64,41 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
                 break
 
 
+def batch_ends(job: Job, order: Tensor) -> list[int]:
+    """Where each batch of an epoch ends in its order."""
+    plan, size = job.plan, len(order)
+    if plan.batch_tokens is not None and isinstance(job.train, TextExamples):
+        return [int(end) for end in epoch_batches(job.train.lengths, order, plan.batch_tokens)[1:]]
+    return [*range(plan.batch, size, plan.batch), size]
+
+
 def pieces(job: Job, index: Tensor, epoch: int) -> Pieces:
     """A batch cut as the plan says; each piece is fetched when it is its turn.  index: (B,)"""
 
     def fetch(part: Tensor) -> tuple[Inputs, Tensor]:
+        if isinstance(job.train, TextExamples):
+            part = part[job.train.lengths[part].argsort(stable=True)]  # documents of one length are attended to together
         inputs, targets = job.train.take(part)
         if job.augment is not None:
             inputs = (job.augment(inputs[0], part, seed=job.plan.recipe.seed, epoch=epoch),)
         return job.judge.on_device(inputs, targets)
 
-    if len(index) <= job.plan.micro_batch:
-        return [lambda: fetch(index)]
-    return [lambda part=part: fetch(part) for part in index.split(job.plan.micro_batch)]  # type: ignore[misc]
+    plan = job.plan
+    parts = [index] if plan.micro_batch >= plan.batch else list(index.split(plan.micro_batch))
+    if plan.micro_tokens is not None and isinstance(job.train, TextExamples):
+        parts = [small for part in parts for small in by_tokens(part, job.train.lengths[part], plan.micro_tokens)]
+    return [lambda part=part: fetch(part) for part in parts]  # type: ignore[misc]
+
+
+def by_tokens(index: Tensor, lengths: Tensor, most: int) -> list[Tensor]:
+    """Consecutive examples together as long as they have at most so many tokens; one that has more stands alone."""
+    cuts, held = [], 0
+    for place, length in enumerate(lengths.tolist()):
+        if held and held + length > most:
+            cuts.append(place)
+            held = 0
+        held += length
+    return list(index.tensor_split(cuts))
 
 
 def set_learning_rate(job: Job, step: int) -> float:
@@ -82,23 +109,11 @@ def set_learning_rate(job: Job, step: int) -> float:
     return float(job.optimizer.param_groups[0]["lr"])
 
 
-def clip(job: Job) -> float:
-    """Scale the whole gradient down to the recipe's norm.  returns: its norm before"""
+def clip(job: Job, norm: Tensor) -> None:
+    """Scale the whole gradient, whose norm is given, down to the recipe's."""
     assert job.plan.recipe.clip is not None
     trained = [p for p in job.model.parameters() if p.requires_grad]
-    return float(torch.nn.utils.clip_grad_norm_(trained, job.plan.recipe.clip))
-
-
-def refuse_what_is_no_number(total: float, count: float, job: Job, progress: Progress, index: Tensor) -> None:
-    """Stop before the weights are touched."""
-    if count > 0 and math.isfinite(total):
-        return
-    what = "no sample of the batch counts" if count <= 0 else f"the loss is {total / count}"
-    raise NumbersError(
-        f"step {progress.step + 1}: {what}",
-        why=f"training examples {index[:8].tolist()}{' …' if len(index) > 8 else ''}; the weights are those of step {progress.step}",
-        mend=f"try optimizer.lr={job.plan.recipe.optimizer.lr / 10:g}, or clip=1, and look at these examples",
-    )
+    torch.nn.utils.clip_grads_with_norm_(trained, job.plan.recipe.clip, norm)
 
 
 def evaluate_and_keep(job: Job, progress: Progress, best: Best, epoch: int) -> Evaluated:
@@ -112,7 +127,7 @@ def evaluate_and_keep(job: Job, progress: Progress, best: Best, epoch: int) -> E
     if better:
         progress.best_loss, progress.best_step, progress.without_gain = loss, progress.step, 0
         if job.plan.recipe.evaluate.keep == "best":
-            best.weights = {name: tensor.detach().clone() for name, tensor in job.model.state_dict().items()}
+            best.weights = {name: tensor.detach().clone() for name, tensor in moving_state(job.model, job.frozen).items()}
     else:
         progress.without_gain += 1
     return Evaluated(progress.step, epoch, loss, train_loss, metrics, better)

@@ -15,8 +15,9 @@ from fromzero.models import choose_path
 from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.loop import clip, pieces, set_learning_rate
+from fromzero.runner.numbers import gradient_norm
 from fromzero.runner.step import gradients
-from fromzero.tuning import set_training
+from fromzero.tuning import LowRank, choose_lowrank_path, set_training
 
 LEAST_STEPS = 4  # the first warms up and is not counted
 MOST_STEPS = 24
@@ -38,7 +39,7 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         set_training(job.model, job.frozen)
         losses, seconds, silent = _steps(job, index)
         evaluate_seconds = _evaluation(job, index)
-        error = _attention_error(job, plan.attention) if plan.attention not in ("", "plain") else None
+        errors = _path_errors(job)
     return Measured(
         step_seconds=statistics.median(seconds),
         evaluate_seconds=evaluate_seconds,
@@ -46,7 +47,7 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         silent=silent,
         peak_bytes=peak_memory(),
         batch=len(index),
-        attention_error=error,
+        path_errors=errors,
     )
 
 
@@ -59,13 +60,14 @@ def _steps(job: Job, index: torch.Tensor) -> tuple[list[float], list[float], tup
         started = time.perf_counter()
         set_learning_rate(job, step)
         job.optimizer.zero_grad()
-        total, count = gradients(job.model, pieces(job, index, 0), job.judge.loss, job.judge.around)
+        total, count = gradients(job.model, pieces(job, index, 0), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
         losses.append(total / count if count else float("nan"))
         if step == 0:
             trained = [(n, p) for n, p in job.model.named_parameters() if p.requires_grad]
-            silent = tuple(n for n, p in trained if p.grad is None or not p.grad.any())
+            later = {f"{n}.a" for n, m in job.model.named_modules() if isinstance(m, LowRank)}  # B is zero, so A gets no gradient yet
+            silent = tuple(n for n, p in trained if (p.grad is None or not p.grad.any()) and n not in later)
         if job.plan.recipe.clip is not None:
-            clip(job)
+            clip(job, gradient_norm(job))
         job.optimizer.step()
         seconds.append(time.perf_counter() - started)
         spent = time.perf_counter() - begun
@@ -82,17 +84,27 @@ def _evaluation(job: Job, index: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
-def _attention_error(job: Job, path: str) -> float:
-    """How far loss and gradients of the fast path lie from those of the plain one, relative to the largest."""
+def _path_errors(job: Job) -> dict[str, float]:
+    """How far loss and gradients with each fast path lie from those with the plain ones, relative to the largest."""
     index = job.train.lengths.argsort()[:2] if isinstance(job.train, TextExamples) else torch.arange(2)
-    found = []
-    for way in ("plain", path):
-        choose_path(job.model, way)
-        torch.manual_seed(job.plan.recipe.seed)  # the same dropout
-        job.optimizer.zero_grad()
-        total, count = gradients(job.model, pieces(job, index, 0), job.judge.loss, job.judge.around)
-        found.append((total / count, [p.grad.clone() for p in job.model.parameters() if p.grad is not None]))
-    (plain_loss, plain), (fast_loss, fast) = found
+    ways = {path: choose for choose, path in ((choose_path, job.plan.attention), (choose_lowrank_path, job.plan.lowrank)) if path}
+    for choose in ways.values():
+        choose(job.model, "plain")
+    plain_loss, plain = _loss_and_gradients(job, index)
     largest = max((float(g.abs().max()) for g in plain), default=0.0) or 1.0
-    apart = max((float((a - b).abs().max()) for a, b in zip(plain, fast, strict=True)), default=0.0)
-    return max(apart / largest, abs(fast_loss - plain_loss) / max(abs(plain_loss), 1.0))
+    errors = {}
+    for path, choose in ways.items():
+        if path != "plain":
+            choose(job.model, path)
+            loss, fast = _loss_and_gradients(job, index)
+            apart = max((float((a - b).abs().max()) for a, b in zip(plain, fast, strict=True)), default=0.0)
+            errors[path] = max(apart / largest, abs(loss - plain_loss) / max(abs(plain_loss), 1.0))
+            choose(job.model, "plain")
+    return errors
+
+
+def _loss_and_gradients(job: Job, index: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
+    torch.manual_seed(job.plan.recipe.seed)  # the same dropout
+    job.optimizer.zero_grad()
+    total, count = gradients(job.model, pieces(job, index, 0), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
+    return total / count, [p.grad.clone() for p in job.model.parameters() if p.grad is not None]

@@ -6,13 +6,15 @@ model/final.safetensors     the last weights, where the kept ones are older
 model/tokenizer.json        for text
 
 A model of a published family is written under its published names with a config.json, so that others load the folder too;
-what that family has no place for (a head on mean pooling) stands in rest.safetensors.
+what that family has no place for (a head on mean pooling) stands in rest.safetensors. Of a run with adapters only what learned
+is written, in PEFT's two files; the base is found again by its source and compared by digest.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,18 +23,33 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from fromzero.data import Classes, ImageFormat, Numbers, Preparation, Soft, TextFormat
+from fromzero.data import ChatFormat, Classes, ImageFormat, Numbers, Preparation, Soft, TextFormat
 from fromzero.data.columns import Columns
 from fromzero.data.sources import ArrayFormat
 from fromzero.errors import ModelError, SourceError, did_you_mean
 from fromzero.models import FAMILIES, Blueprint, Family, seeded
+from fromzero.models.families import TensorMap
 from fromzero.sources.cache import write_whole
-from fromzero.tuning import new_head
-from fromzero.weights import check_fit, read_tensors, to_ours, to_theirs, write_folder, write_tensors
+from fromzero.tuning import add_adapters, merge_adapters, new_head, tensors_digest
+from fromzero.weights import check_fit, open_pretrained, read_tensors, to_ours, to_theirs, tokenizer_files, write_folder, write_tensors
+from fromzero.weights.peft import PeftSettings, from_peft, read_peft, write_peft
 
 VERSION = 1
+MERGE_ERROR = 1e-5  # relative, on random rows; a float32 product in another order stays below
 FINAL, TOKENIZER, REST = "final.safetensors", "tokenizer.json", "fromzero."
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Columns, ImageFormat, ArrayFormat, TextFormat, Classes, Numbers, Soft)}
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Columns, ImageFormat, ArrayFormat, TextFormat, ChatFormat, Classes, Numbers, Soft)}
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """Adapters beside some Linears of a model. layers: their names → rows of their parts; options: of add_adapters;
+    base, digest: where the frozen weights come from (empty: from nowhere else) and what they were; learned: whole tensors that trained."""
+
+    layers: dict[str, tuple[int, ...]]
+    options: dict[str, Any]
+    base: str
+    digest: str
+    learned: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,13 +59,25 @@ class Design:
     name: str
     blueprint: Blueprint | None
     heads: tuple[tuple[str, int], ...] = ()
+    adapted: Adapted | None = None
 
     @property
     def family(self) -> Family | None:
         return FAMILIES[self.blueprint.name] if self.blueprint is not None and self.blueprint.kind == "family" else None
 
+    def names(self) -> TensorMap:
+        """Which published tensors each of ours is made from; empty where others do not know such a model."""
+        if self.family is None or self.blueprint is None:
+            return {}
+        return self.family.names(self.family.written(**self.blueprint.options), ())
+
+    def published_layers(self, layers: Collection[str]) -> dict[str, tuple[str, ...]]:
+        """Modules of ours → the published modules that their rows are."""
+        names = self.names()
+        return {layer: tuple(name.removesuffix(".weight") for name in names[f"{layer}.weight"][0]) for layer in layers}
+
     def build(self, given: nn.Module | None = None) -> nn.Module:
-        """given: the module from Python, where the design cannot be written down"""
+        """given: the module from Python, where the design cannot be written down.  returns: the module without adapters"""
         if given is not None:
             model = given
         elif self.blueprint is None:
@@ -74,23 +103,58 @@ class SavedModel:
     weights: dict[str, str] = field(default_factory=dict)  # file → SHA-256
     published: dict[str, Any] = field(default_factory=dict)  # chat template, special tokens and the like, as they came
 
-    def load(self, given: nn.Module | None = None) -> nn.Module:
-        """The module with the kept weights, in eval mode.  raises: SourceError, ModelError"""
+    def load(self, given: nn.Module | None = None, *, merge: bool = False) -> nn.Module:
+        """The module with the kept weights, in eval mode.
+
+        merge:  put plain Linears in the place of adapters
+        raises: SourceError, ModelError
+        """
+        adapted, own = self.design.adapted, self._own()
+        model = self.design.build(given)
+        if adapted is not None and adapted.base:
+            fill(model, self._base(), file=adapted.base, fresh=adapted.learned)
+            kept = {name: tensor for name, tensor in model.state_dict().items() if name not in adapted.learned}
+            if tensors_digest(kept) != adapted.digest:
+                why = "adapters belong to the weights beside which they learned"
+                raise SourceError("is no longer what it was when the run trained", why=why, file=adapted.base)
+        if adapted is not None:
+            add_adapters(model, adapted.layers, **adapted.options)
+        model.to(dtype=next((t.dtype for t in own.values() if t.is_floating_point()), None))
+        fill(model, own, file=str(self.folder), fresh=[n for n in model.state_dict() if n not in own] if adapted and adapted.base else ())
+        if merge and (error := merge_adapters(model)) > MERGE_ERROR:
+            raise ModelError(f"merged matrices differ by {error:.1e} from matrix and adapter", mend="load it unmerged")
+        return model.eval()
+
+    def _own(self) -> dict[str, Tensor]:
+        """The tensors of the folder, under our names"""
         tensors: dict[str, Tensor] = {}
         digests: dict[str, str | None] = {**self.weights} or {"model.safetensors": None}
         for name, sha256 in digests.items():
             if name.endswith(".safetensors") and name != FINAL:
                 tensors.update(read_tensors(self.folder / name, sha256=sha256))
-        family = self.design.family
-        if family is not None:
-            rest = {n: t for n, t in tensors.items() if n.startswith(REST)}
-            theirs = {n: t for n, t in tensors.items() if n not in rest}
-            names = {ours: of for ours, of in family.names(self.config, ()).items() if set(of[0]) <= theirs.keys()}
-            tensors = to_ours(theirs, names, file=str(self.folder)) | {n.removeprefix(REST): t for n, t in rest.items()}
-        model = self.design.build(given)
-        model.to(dtype=next((t.dtype for t in tensors.values() if t.is_floating_point()), None))
-        fill(model, tensors, file=str(self.folder))
-        return model.eval()
+        family, adapted = self.design.family, self.design.adapted
+        if family is None:
+            return tensors
+        rest = {n.removeprefix(REST): t for n, t in tensors.items() if n.startswith(REST)}
+        theirs = {n: t for n, t in tensors.items() if not n.startswith(REST)}
+        if adapted is not None and adapted.base:
+            settings, low, theirs = read_peft(self.folder)
+            rest |= from_peft(low, settings, self.design.published_layers(adapted.layers), adapted.layers, file=str(self.folder))
+        names = {ours: of for ours, of in family.names(self.config, ()).items() if set(of[0]) <= theirs.keys()}
+        return to_ours(theirs, names, file=str(self.folder)) | rest
+
+    def _base(self) -> dict[str, Tensor]:
+        """The frozen weights beside which adapters learned, from their source"""
+        adapted, family, blueprint = self.design.adapted, self.design.family, self.design.blueprint
+        assert adapted is not None
+        if (Path(adapted.base) / "model.json").is_file():
+            return dict(read_model(Path(adapted.base)).load().state_dict())
+        published = open_pretrained(adapted.base).tensors
+        assert family is not None and blueprint is not None
+        names = family.names(blueprint.options["config"], published.keys())
+        state = blueprint.build().state_dict()
+        wanted = {ours: of for ours, of in names.items() if ours in state and ours not in adapted.learned}
+        return to_ours({name: published[name] for of in wanted.values() for name in of[0]}, wanted, file=adapted.base)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -123,10 +187,13 @@ def write_model(folder: Path, saved: SavedModel, kept: Mapping[str, Tensor], las
     family = saved.design.family
     inputs = asdict(saved.preparation.inputs)
     tokenizer = inputs.pop("tokenizer", None)
-    if family is None:
-        digests = {"model.safetensors": write_tensors(folder / "model.safetensors", kept)}
+    adapted = saved.design.adapted
+    if family is None or (adapted is not None and adapted.base):
+        digests = _write_adapters(folder, saved, adapted, kept) if family and adapted else {}
+        digests = digests or {"model.safetensors": write_tensors(folder / "model.safetensors", kept)}
         if tokenizer is not None:
-            write_whole(folder / TOKENIZER, tokenizer.encode())
+            for name, text in tokenizer_files(tokenizer, saved.published.get("special"), saved.published.get("chat_template")).items():
+                write_whole(folder / name, text.encode())
     else:
         names = {ours: theirs for ours, theirs in family.names(saved.config, ()).items() if ours in kept}
         digests = write_folder(folder, saved.config, to_theirs(kept, names), tokenizer=tokenizer, **saved.published)
@@ -152,13 +219,31 @@ def write_model(folder: Path, saved: SavedModel, kept: Mapping[str, Tensor], las
     write_whole(folder / "model.json", json.dumps(values, indent=1).encode())
 
 
+def _write_adapters(folder: Path, saved: SavedModel, adapted: Adapted, kept: Mapping[str, Tensor]) -> dict[str, str]:
+    """PEFT's two files, and what its format has no place for in rest.safetensors."""
+    of, hub, asked = saved.design.names(), re.fullmatch(r"(?:hf|ms):([\w.-]+/[\w.-]+)@.*", adapted.base), adapted.options
+    settings = PeftSettings(
+        asked["rank"],
+        asked["alpha"],
+        asked["rank_stabilised"],
+        asked["dora"],
+        asked["dropout"],
+        base=hub[1] if hub else adapted.base,
+        transposed=any(how == "transpose" for _, how, _ in of.values()),
+    )
+    whole = to_theirs(kept, {name: of[name] for name in adapted.learned if name in of})
+    digests = write_peft(folder, settings, kept, saved.design.published_layers(adapted.layers), adapted.layers, whole)
+    rest = {REST + name: kept[name] for name in adapted.learned if name not in of}
+    return digests | ({"rest.safetensors": write_tensors(folder / "rest.safetensors", rest)} if rest else {})
+
+
 def read_model(folder: Path) -> SavedModel:
     """raises: SourceError where the folder is no model of ours"""
     path = folder / "model.json"
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         parts = values["preparation"]
-        if parts["inputs"]["kind"] == TextFormat.__name__:
+        if parts["inputs"]["kind"] in (TextFormat.__name__, ChatFormat.__name__):
             parts["inputs"]["tokenizer"] = (folder / TOKENIZER).read_text(encoding="utf-8")
         inputs, answers = (TypeAdapter(_KINDS[p.pop("kind")]).validate_python(p) for p in (parts["inputs"], parts["answers"]))
         design = TypeAdapter(Design).validate_python(values["design"])

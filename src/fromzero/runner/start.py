@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fromzero.data import TextFormat
+from fromzero.data import ChatFormat, TextFormat
 from fromzero.errors import ModelError, did_you_mean
 from fromzero.models import FAMILIES, MODELS, TEXT_MODELS, Blueprint, blueprint_of_config, seeded
 from fromzero.models.foreign import foreign_reads, load_foreign, pixel_scale
@@ -36,7 +36,7 @@ class Start:
 
     @property
     def tokenizer(self) -> str | None:
-        if self.saved is not None and isinstance(self.saved.preparation.inputs, TextFormat):
+        if self.saved is not None and isinstance(self.saved.preparation.inputs, (TextFormat, ChatFormat)):
             return self.saved.preparation.inputs.tokenizer
         return self.published.tokenizer if self.published is not None else None
 
@@ -56,14 +56,39 @@ class Start:
         found = self.published
         return {} if found is None else {"special": found.special, "chat_template": found.chat_template, "generation": found.generation}
 
+    @property
+    def template(self) -> str | None:
+        """The model's own chat template"""
+        return self.accompanying.get("chat_template")
+
+    @property
+    def special(self) -> dict[str, str]:
+        """bos_token, eos_token and the like, as texts"""
+        return {key: text for key, text in self.accompanying.get("special", {}).items() if key.endswith("_token") and isinstance(text, str)}
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        """The ids after which the model has nothing more to say"""
+        config = self.published.config if self.published is not None else {}
+        ends = self.accompanying.get("generation", {}).get("eos_token_id", config.get("eos_token_id"))
+        return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
+
+    @property
+    def base(self) -> str:
+        """Where the same weights are found again; empty for fresh ones"""
+        if self.saved is not None:
+            return str(self.saved.folder.resolve())
+        origin = "" if self.published is None else self.published.origin
+        return str(Path(origin).resolve()) if origin and Path(origin).exists() else origin
+
     def reads_text(self, recipe: Recipe) -> bool | None:
         """Whether the model takes tokens; None where the data decides."""
         if self.saved is not None:
-            return isinstance(self.saved.preparation.inputs, TextFormat)
+            return isinstance(self.saved.preparation.inputs, (TextFormat, ChatFormat))
         if self.published is not None and (kind := self.published.config.get("model_type")) is not None:
             family = FAMILIES.get(str(kind))
             return (_outside(self.published) if family is None else family.reads) == "text"
-        return True if recipe.model.source in TEXT_MODELS else None
+        return True if recipe.model.source in TEXT_MODELS or recipe.predicts_tokens else None
 
 
 def find_start(source: object, folders: Sequence[Path], runs: Path, *, fresh: bool = False) -> Start:

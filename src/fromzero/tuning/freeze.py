@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fromzero.errors import RecipeError, nearest
+from fromzero.tuning.lowrank import LowRank
 
 
 @dataclass(frozen=True)
@@ -55,19 +56,36 @@ def find_frozen(
         still = order[: last + 1]
         own = {p for name in still for p in layers[name]}
         return Frozen(tuple(p for p in parameters if p in own), tuple(still))
+    matched = _matching(names, parameters, order, key="freeze")
+    still = [name for name in order if layers[name] and set(layers[name]) <= matched]
+    return Frozen(tuple(p for p in parameters if p in matched), tuple(still))
+
+
+def frozen_beside(model: nn.Module, layers: Mapping[str, Sequence[str]], *, learn: Sequence[str] = (), head: str | None = None) -> Frozen:
+    """What stands still beside adapters: all but their matrices, a fresh head, and the parameters that globs let learn whole.
+
+    layers:  as in find_frozen, of the model with its adapters
+    raises:  RecipeError for a glob that matches nothing
+    """
+    parameters = [name for name, _ in model.named_parameters()]
+    adapters = {name: module for name, module in model.named_modules() if isinstance(module, LowRank)}
+    free = {f"{name}.{leaf}" for name, module in adapters.items() for leaf, _ in module.named_parameters(recurse=False)}
+    free |= _matching(learn, parameters, list(layers), key="adapter.train") | set(layers.get(head or "", ()))
+    own = tuple(f"{name}.dropout" for name in adapters)  # what falls out in front of an adapter goes on doing so
+    still = [name for name in layers if free.isdisjoint(layers[name]) and name not in own]
+    return Frozen(tuple(p for p in parameters if p not in free), tuple(still))
+
+
+def _matching(globs: Sequence[str], parameters: Sequence[str], order: Sequence[str], *, key: str) -> set[str]:
     matched: set[str] = set()
-    for glob in names:
+    for glob in globs:
         hits = [p for p in parameters if fnmatch.fnmatchcase(p, glob) or p.startswith(glob + ".")]
         if not hits:
             close = nearest(glob.strip("*."), [*parameters, *order])
-            raise RecipeError(
-                f"'{glob}' matches no parameter",
-                mend=f"did you mean '{close[0]}'?" if close else f"they are {', '.join(parameters[:8])} …",
-                key="freeze",
-            )
+            mend = f"did you mean '{close[0]}'?" if close else f"they are {', '.join(parameters[:8])} …"
+            raise RecipeError(f"'{glob}' matches no parameter", mend=mend, key=key)
         matched.update(hits)
-    still = [name for name in order if layers[name] and set(layers[name]) <= matched]
-    return Frozen(tuple(p for p in parameters if p in matched), tuple(still))
+    return matched
 
 
 def _last_inside(order: Sequence[str], through: str) -> int:
@@ -102,12 +120,21 @@ def set_training(model: nn.Module, frozen: Frozen) -> None:
 
 
 def frozen_digest(model: nn.Module, frozen: Frozen) -> str:
-    """SHA-256 over the frozen parameters and the buffers of the frozen layers, in order of their names."""
-    prefixes = tuple(f"{name}." for name in frozen.layers)
-    names = set(frozen.parameters)
+    """SHA-256 over the frozen parameters and the buffers of the frozen layers."""
+    moving = moving_state(model, frozen)
+    return tensors_digest({name: tensor for name, tensor in model.state_dict().items() if name not in moving})
+
+
+def moving_state(model: nn.Module, frozen: Frozen) -> dict[str, Tensor]:
+    """The part of a model's state that training may change."""
+    names, layers = set(frozen.parameters), set(frozen.layers)
+    return {n: t for n, t in model.state_dict().items() if n not in names and n.rpartition(".")[0] not in layers}
+
+
+def tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names and bytes, in order of the names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if name in names or (prefixes and name.startswith(prefixes)):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

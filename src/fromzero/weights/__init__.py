@@ -1,6 +1,6 @@
 """Weights: where they come from, and the formats they come in and go out."""
 
-from fromzero.weights.folder import write_folder
+from fromzero.weights.folder import tokenizer_files, write_folder
 from fromzero.weights.pretrained import SHORT_NAMES, Pretrained, foreign_code, locate, open_pretrained
 from fromzero.weights.tensors import Tensors, check_fit, read_tensors, write_tensors
 from fromzero.weights.translate import to_ours, to_theirs
@@ -16,6 +16,7 @@ __all__ = [
     "read_tensors",
     "to_ours",
     "to_theirs",
+    "tokenizer_files",
     "write_folder",
     "write_tensors",
 ]

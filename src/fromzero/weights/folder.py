@@ -42,16 +42,12 @@ def write_folder(
     cards: dict[str, Any] = {"config.json": {**config, "dtype" if "dtype" in config else "torch_dtype": dtype}}
     if generation:
         cards["generation_config.json"] = generation
-    if tokenizer is not None:
-        # this class takes tokenizer.json as it is; the original's own would rebuild parts of it
-        cards["tokenizer_config.json"] = {**(special or {}), "tokenizer_class": "PreTrainedTokenizerFast"}
-        cards["tokenizer_config.json"] |= {"chat_template": chat_template} if chat_template else {}
     shards = _shards(tensors, shard_bytes)
     if len(shards) > 1:
         where = {name: file for file, names in shards.items() for name in names}
         cards[_INDEX] = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
-    texts = {name: json.dumps(card, indent=2, ensure_ascii=False) + "\n" for name, card in cards.items()}
-    texts |= {} if tokenizer is None else {"tokenizer.json": tokenizer}
+    texts = {name: _json(card) for name, card in cards.items()}
+    texts |= {} if tokenizer is None else tokenizer_files(tokenizer, special, chat_template)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".new-") as new:
@@ -68,6 +64,17 @@ def write_folder(
     except OSError as error:
         raise SourceError(f"cannot be written ({error.strerror})", mend="free some space, or name another", file=str(folder)) from None
     return digests
+
+
+def tokenizer_files(tokenizer: str, special: Mapping[str, Any] | None = None, chat_template: str | None = None) -> dict[str, str]:
+    """What transformers reads a tokenizer from: file name → text. Its class takes tokenizer.json as it is; the original's own would
+    rebuild parts of it."""
+    card = {**(special or {}), "tokenizer_class": "PreTrainedTokenizerFast"}
+    return {"tokenizer_config.json": _json(card | ({"chat_template": chat_template} if chat_template else {})), "tokenizer.json": tokenizer}
+
+
+def _json(card: Any) -> str:
+    return json.dumps(card, indent=2, ensure_ascii=False) + "\n"
 
 
 def _shards(tensors: Mapping[str, Tensor], most: int) -> dict[str, list[str]]:

@@ -58,32 +58,36 @@ class Attend(nn.Module):
                 return self._go_on(q, k, v, documents.positions)
         if self.path == "varlen" and self.softcap is None:
             return self._varlen(q, k, v, documents)
-        repeats = q.shape[1] // k.shape[1]
-        if repeats > 1:
-            k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)  # (N, H, K)
         if self.path == "plain":
+            k, v = self._shared(q, k, v)
             whole = self._visible(documents.positions, owner=documents.owner)
             out = self._weigh(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), whole)  # (H, N, K)
             return out.transpose(0, 1)
-        if len(documents.groups) == 1:
-            return self._group(q, k, v, documents.groups[0])
-        parts = [self._group(q[g.index], k[g.index], v[g.index], g) for g in documents.groups]
-        order = torch.cat([g.index for g in documents.groups if g.index is not None])
-        return torch.empty_like(q).index_copy(0, order, torch.cat(parts))
+        sizes = [group.count * group.length for group in documents.groups]
+        runs = zip(q.split(sizes), k.split(sizes), v.split(sizes), documents.groups, strict=True)
+        parts = [self._group(*run) for run in runs]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _group(self, q: Tensor, k: Tensor, v: Tensor, group: Group) -> Tensor:
         """All documents of one length at once: (C · T, H, K) each"""
         q, k, v = (t.reshape(group.count, group.length, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))  # (C, H, T, K)
         near = self.reach is None or group.length <= self.reach + 1
         if near and self.softcap is None:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale)
+            shared = q.shape[1] != k.shape[1]
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, scale=self.scale, enable_gqa=shared)
         else:
+            k, v = self._shared(q, k, v)
             seen = self._visible(torch.arange(group.length, device=q.device))
             if self.softcap is None:
                 out = F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale)
             else:
                 out = self._weigh(q, k, v, seen)
         return out.transpose(1, 2).reshape(group.count * group.length, *q.shape[1::2])  # (C · T, H, K)
+
+    def _shared(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Each key and value once for every query head that shares it"""
+        repeats = q.shape[1] // k.shape[1]  # both (N, H, K) and (C, H, T, K) have their heads there
+        return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))
 
     def _go_on(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
         """q: (N, H, K) of the new tokens; k, v: (T, G, K), they end with the new tokens'.  returns: (N, H, K)

@@ -1,4 +1,4 @@
-"""Documents: where each document of a batch of tokens begins in, their lengths, positions and groups of equal length out.
+"""Documents: where each document of a batch of tokens begins in, their lengths, positions and runs of equal length out.
 
 A batch of text is the tokens of its documents end to end; there is no padding and no pad token.
 Dims: N tokens of a batch end to end, B documents.
@@ -6,9 +6,8 @@ Dims: N tokens of a batch end to end, B documents.
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -18,11 +17,10 @@ from fromzero.errors import ShapeError
 
 @dataclass(frozen=True)
 class Group:
-    """Documents of one length. index: (count · length,) their tokens' places, or None where they are the whole batch in order."""
+    """Documents of one length, one behind the other."""
 
     length: int
     count: int
-    index: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -70,16 +68,8 @@ def documents_of(tokens: Tensor, offsets: Tensor, past: int = 0) -> Documents:
     positions = torch.arange(past, past + len(tokens), device=device) - torch.repeat_interleave(
         offsets[:-1], offsets.diff(), output_size=len(tokens)
     )  # (N,)
-    return Documents(offsets, lengths, positions, _groups(bounds, lengths, device), past)
+    return Documents(offsets, lengths, positions, _groups(lengths), past)
 
 
-def _groups(bounds: list[int], lengths: tuple[int, ...], device: torch.device) -> tuple[Group, ...]:
-    if len(set(lengths)) <= 1:
-        return tuple(Group(length, len(lengths), None) for length in lengths[:1])
-    starts: dict[int, list[int]] = defaultdict(list)
-    for start, length in zip(bounds, lengths, strict=False):
-        starts[length].append(start)
-    return tuple(
-        Group(length, len(begin), (torch.tensor(begin)[:, None] + torch.arange(length)).reshape(-1).to(device))
-        for length, begin in starts.items()
-    )
+def _groups(lengths: tuple[int, ...]) -> tuple[Group, ...]:
+    return tuple(Group(length, len(list(run))) for length, run in groupby(lengths))
