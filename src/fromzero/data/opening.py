@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fromzero.data.arrays import as_pair, read_arrays
 from fromzero.data.catalogue import NAMED_SETS
@@ -21,6 +21,25 @@ from fromzero.sources import PypiSource, fetch
 TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
 ARRAYS = (".npz", ".pt", ".pth", ".safetensors")
 PICKLES = (".pkl", ".pickle", ".joblib", ".npy", ".ckpt", ".bin")
+
+
+@dataclass(frozen=True)
+class ChatAsked:
+    """What a recipe and its model say of conversations.
+
+    tokenizer, template, special, stops: as in ChatFormat.  context: positions of the model.  mapping: columns by side
+    too_long: what becomes of a conversation that has more than max_tokens
+    """
+
+    tokenizer: str
+    template: str
+    special: dict[str, str]
+    stops: tuple[int, ...]
+    context: int | None = None
+    max_tokens: int | None = None
+    too_long: Literal["cut", "drop", "split"] | None = None
+    turns: Literal["all", "last"] = "all"
+    mapping: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,7 @@ class Request:
     skip_broken: int = 0
     answers: str = "index"
     text: TextAsked = field(default_factory=TextAsked)
+    chat: ChatAsked | None = None
     reads_text: bool | None = None
     keep_shared: bool = False  # validation rows that stand in train stay
     seed: int = 0

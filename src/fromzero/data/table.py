@@ -28,6 +28,7 @@ PART = 64  # rows of a table that are read at once: a row may be a book
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)  # brackets inside strings open nothing
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _UNREAD = object()  # in place of a value whose fault was noted
+_SEPARATED = {".csv": ",", ".tsv": "\t"}
 _SEPARATORS = {"comma": ",", "tab": "\t", "semicolon": ";", "bar": "|"}
 
 
@@ -55,22 +56,55 @@ def read_table(path: Path) -> Table:
 
     raises: DataError with every bad line, or saying that the file is empty or of no known kind
     """
-    readers: dict[str, Callable[[Path], Table]] = {
-        ".csv": lambda p: _read_separated(p, ","),
-        ".tsv": lambda p: _read_separated(p, "\t"),
-        ".jsonl": _read_json_lines,
-        ".ndjson": _read_json_lines,
-        ".json": _read_json,
-        ".parquet": _read_parquet,
-    }
-    if path.suffix.lower() not in readers:
-        raise DataError(f"is no table that can be read ('{path.suffix}')", file=str(path), mend=f"one of {', '.join(readers)}")
-    if path.stat().st_size == 0:
-        raise DataError("is empty (0 bytes)", file=str(path), mend="is the download or the export complete?")
-    table = readers[path.suffix.lower()](path)
+    suffix, faults = _suffix(path), list[Fault]()
+    if suffix in _SEPARATED:
+        table = _read_separated(path, _SEPARATED[suffix])
+    elif suffix == ".parquet":
+        table = next(_parquet_parts(path, rows=None))
+    elif suffix == ".json":
+        table = _read_json(path)
+    else:
+        rows = list(json_lines(path, faults))
+        refuse(faults)
+        table = _from_objects(path, rows)
     if not table.columns or not len(table):
         raise DataError("has no rows", why=f"{len(table.columns)} columns, 0 rows", file=str(path))
     return table
+
+
+def read_objects(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Fault]]:
+    """The rows of the same files as (line, values by column), what is nested in JSON and parquet kept as it is; and the faults.
+
+    raises: DataError where the file as a whole cannot be read
+    """
+    suffix, faults = _suffix(path), list[Fault]()
+    rows: Iterable[tuple[int, dict[str, Any]]]
+    if suffix in _SEPARATED:
+        table = _read_separated(path, _SEPARATED[suffix])
+        cells = zip(*table.columns.values(), strict=True)
+        rows = [(line, dict(zip(table.columns, row, strict=True))) for line, row in zip(table.lines, cells, strict=True)]
+    elif suffix == ".parquet":
+        rows = enumerate((row for frame in _frames(path, None, None) for row in frame.to_dicts()), 1)
+    elif suffix == ".json":
+        value = _whole_json(path)
+        if not isinstance(value, list):
+            raise DataError("is no list of objects", mend="put [ ] around it", file=str(path))
+        rows = _objects(path, enumerate(value, 1), faults)
+    else:
+        rows = json_lines(path, faults)
+    found = list(rows)
+    if not found and not faults:
+        raise DataError("has no rows", file=str(path))
+    return found, faults
+
+
+def _suffix(path: Path) -> str:
+    suffix, known = path.suffix.lower(), (*_SEPARATED, ".jsonl", ".ndjson", ".json", ".parquet")
+    if suffix not in known:
+        raise DataError(f"is no table that can be read ('{path.suffix}')", file=str(path), mend=f"one of {', '.join(known)}")
+    if path.stat().st_size == 0:
+        raise DataError("is empty (0 bytes)", file=str(path), mend="is the download or the export complete?")
+    return suffix
 
 
 def table_of(columns: Mapping[str, Iterable[Any]], *, name: str = "<table given from Python>") -> Table:
@@ -126,9 +160,9 @@ def _parts(rows: Iterator[Any], faults: list[Fault], build: Callable[[list[Any]]
     while part := list(islice(rows, PART)):
         if faults:
             deque(rows, maxlen=0)  # the rest is read for its faults alone
-        _raise(faults)
+        refuse(faults)
         yield build(part)
-    _raise(faults)
+    refuse(faults)
 
 
 def read_text(path: Path) -> str:
@@ -195,7 +229,7 @@ def _read_separated(path: Path, separator: str) -> Table:
     plain = separator == "\t" and _quotes_are_text(text)
     header, rows = _headed(path, _records(path, _lines([text], ""), separator, plain), separator, faults)
     body = list(rows)
-    _raise(faults)
+    refuse(faults)
     return _of_records(path, header, body)
 
 
@@ -276,7 +310,9 @@ def _header_faults(path: Path, header: list[str], separator: str) -> list[Fault]
     return faults
 
 
-def _raise(faults: list[Fault]) -> None:
+def refuse(faults: Sequence[Fault]) -> None:
+    """raises: DataError with the first of the faults in the order of their lines, the others counted; nothing where there is none"""
+    faults = sorted(faults, key=lambda fault: fault.line)
     if len(faults) > MOST_FAULTS:
         faults = [*faults[:MOST_FAULTS], Fault(f"and {len(faults) - MOST_FAULTS} more faults", file=faults[0].file)]
     if faults:
@@ -284,13 +320,6 @@ def _raise(faults: list[Fault]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- JSON
-
-
-def _read_json_lines(path: Path) -> Table:
-    faults: list[Fault] = []
-    rows = list(json_lines(path, faults))
-    _raise(faults)
-    return _from_objects(path, rows)
 
 
 def json_lines(path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -318,16 +347,22 @@ def _objects(path: Path, values: Iterable[tuple[int, Any]], faults: list[Fault])
 
 
 def _read_json(path: Path) -> Table:
-    faults: list[Fault] = []
-    value = _parse_json(read_text(path), path, 1, faults)
-    _raise(faults)
+    value = _whole_json(path)
     if isinstance(value, dict) and value and all(isinstance(cells, list) for cells in value.values()):
         return table_of(value, name=str(path))
     if not isinstance(value, list):
         raise DataError("is neither a list of objects nor an object of columns", file=str(path))
+    faults: list[Fault] = []
     rows = list(_objects(path, enumerate(value, 1), faults))
-    _raise(faults)
+    refuse(faults)
     return _from_objects(path, rows)
+
+
+def _whole_json(path: Path) -> Any:
+    faults: list[Fault] = []
+    value = _parse_json(read_text(path), path, 1, faults)
+    refuse(faults)
+    return value
 
 
 def _parse_json(text: str, path: Path, line: int, faults: list[Fault]) -> Any:
@@ -378,11 +413,12 @@ def _from_objects(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> Table:
     return Table(str(path), columns, [line for line, _ in rows])
 
 
-def _read_parquet(path: Path) -> Table:
-    return next(_parquet_parts(path, rows=None))
-
-
 def _parquet_parts(path: Path, column: str | None = None, rows: int | None = 16 * PART) -> Iterator[Table]:
+    for frame in _frames(path, column, rows):
+        yield table_of(frame.to_dict(as_series=False), name=str(path))
+
+
+def _frames(path: Path, column: str | None, rows: int | None) -> Iterator[Any]:
     """`rows` at a time, by slices of a lazy reading, which opens the row groups of the slice alone; None: all at once."""
     try:
         import polars
@@ -396,5 +432,5 @@ def _parquet_parts(path: Path, column: str | None = None, rows: int | None = 16 
             frame = (scan.select(column) if column else scan).slice(begin, rows).collect()
         except Exception as error:  # polars names no one class for what a damaged file may raise
             raise DataError(f"is not a whole parquet file ({str(error)[:120]})", file=str(path)) from None
-        yield table_of(frame.to_dict(as_series=False), name=str(path))
+        yield frame
         begin += rows or max(size, 1)
