@@ -97,7 +97,7 @@ def _main(version: Annotated[bool, typer.Option("--version", help="print the ver
 @app.command()
 def new(
     data: Annotated[str, typer.Argument(metavar="DATA", help="a file, an image folder or a named set")],
-    task: Annotated[str | None, typer.Option(help="classify, regress or language")] = None,
+    task: Annotated[str | None, typer.Option(help="classify, regress, language or chat")] = None,
     model: Annotated[str | None, typer.Option(help="a catalogue name, FILE.py:CLASS or run:NAME")] = None,
     target: Annotated[str | None, typer.Option(metavar="COLUMN", help="column of the answer")] = None,
     as_json: AsJson = False,
@@ -106,8 +106,8 @@ def new(
     """Write a first recipe from the data to standard output."""
 
     def work() -> Any:
-        if task not in (None, "classify", "regress", "language"):
-            raise UserError(f"--task {task} is not known", mend="classify, regress or language")
+        if task not in (None, "classify", "regress", "language", "chat"):
+            raise UserError(f"--task {task} is not known", mend="classify, regress, language or chat")
         text = fz.new(data, task=task, model=model, target=target).rstrip()
         return _Both((text, {"recipe": text}))
 

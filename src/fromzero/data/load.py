@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from fromzero.data.answers import Answers, Classes, Soft, answered, check_finite, find_classes, fit_numbers, read_numbers
 from fromzero.data.catalogue import NAMED_SETS
 from fromzero.data.columns import Columns, as_word
+from fromzero.data.conversations import ChatFacts
 from fromzero.data.examples import Examples, TensorExamples
 from fromzero.data.images import ImageFormat
 from fromzero.data.opening import Request, open_source
@@ -69,6 +70,7 @@ class DataFacts:
     bytes: int
     digest: str
     text: TextFacts | None = None
+    chat: ChatFacts | None = None
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,7 @@ def load(request: Request) -> Loaded:
         notes=tuple(notes),
         repeats=len(keys) - len(set(keys)),
         shared=shared,
-        conflicting=_conflicts(keys, [strata[r] for r in rows]) if classes else 0,
+        conflicting=conflicts(keys, [strata[r] for r in rows]) if classes else 0,
         **_range(train),
         set_aside=source.set_aside if isinstance(source, (TableRows, TextRows)) else {},
         target_mean=() if classes else tuple(learned.mean(0).tolist()),
@@ -130,6 +132,7 @@ def load(request: Request) -> Loaded:
         bytes=_bytes(train) + (_bytes(validation) if validation is not None else 0),
         digest=_digest(train_keys, train.targets, held_keys),
         text=train.facts(form) if isinstance(train, TextExamples) and isinstance(form, TextFormat) else None,
+        chat=None,
     )
     return Loaded(train, validation, preparation, facts)
 
@@ -301,8 +304,9 @@ def _targets(answers: Answers, labels: Any, rows: Sequence[int], source: RowSour
     return answers.scaled(_number_values(labels, rows, source))
 
 
-def _conflicts(keys: Sequence[bytes], strata: Sequence[str]) -> int:
-    seen: dict[bytes, set[str]] = {}
+def conflicts(keys: Sequence[bytes], strata: Sequence[Hashable]) -> int:
+    """How many contents carry more than one label."""
+    seen: dict[bytes, set[Hashable]] = {}
     for key, stratum in zip(keys, strata, strict=True):
         seen.setdefault(key, set()).add(stratum)
     return sum(len(labels) > 1 for labels in seen.values())

@@ -18,6 +18,7 @@ from fromzero.data.examples import Examples, ItemExamples, TensorExamples
 from fromzero.data.images import GREY_MODES, ImageFormat, ImageTree, image_header, printable, read_image
 from fromzero.data.table import Table
 from fromzero.data.text import TextFormat
+from fromzero.data.turns import ChatFormat
 from fromzero.errors import DataError, Fault, did_you_mean
 
 MOST_IN_MEMORY = 2 * 2**30  # bytes of decoded images; more are decoded each time they are used
@@ -31,7 +32,7 @@ class ArrayFormat:
     divisor: float | None = None
 
 
-InputFormat = Columns | ImageFormat | ArrayFormat | TextFormat
+InputFormat = Columns | ImageFormat | ArrayFormat | TextFormat | ChatFormat
 
 
 class RowSource(Protocol):

@@ -23,6 +23,7 @@ def show(plan: Plan) -> str:
         _held(plan),
     )
     lines += _text(plan)
+    lines += [part for said in (data.chat.lines() if data.chat else ()) for part in _wrapped(said, "│    ")]
     if data.columns:
         lines += [part for name, what in data.columns.items() for part in _wrapped(f"{name}: {what}", "│    ")]
     if data.classes is not None:

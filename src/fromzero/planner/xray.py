@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from fromzero.data import ChatFacts
 from fromzero.objectives import predicted_start
 from fromzero.planner.values import Facts, Finding
 from fromzero.recipe.schema import Recipe
@@ -16,6 +17,7 @@ def findings(recipe: Recipe, facts: Facts) -> tuple[Finding, ...]:
         *_labels(recipe, facts),
         *_rows(recipe, facts),
         *_text(facts),
+        *_chat(facts),
         *_inputs(facts),
         *_model(recipe, facts),
         *_measured(recipe, facts),
@@ -27,7 +29,7 @@ def findings(recipe: Recipe, facts: Facts) -> tuple[Finding, ...]:
 def _labels(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
     data, width = facts.data, facts.model.output_shape[-1] if facts.model.output_shape else 1
     if recipe.task == "regress" or data.classes is None:
-        spare = recipe.task == "language" and width > data.outputs  # an embedding may be wider than its tokenizer
+        spare = data.text is not None and width > data.outputs  # an embedding may be wider than its tokenizer
         if width != data.outputs and facts.model.output_shape and not spare:
             yield Finding(
                 "error",
@@ -101,7 +103,11 @@ def _rows(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
             else "they are left out of the validation, which they would flatter",
             "remove them from one side" if kept else "data.shared: keep would measure on them all the same",
         )
-    if data.conflicting:
+    if data.conflicting and data.chat:
+        yield Finding(
+            "note", "several-answers", f"{data.conflicting} prompts have more than one answer", "the model learns to give each of them"
+        )
+    elif data.conflicting:
         yield Finding(
             "warning",
             "conflicting-labels",
@@ -154,6 +160,76 @@ def _text(facts: Facts) -> Iterator[Finding]:
             "what they said is lost; it was made for other text",
             "take a model made for this language, or data.tokenizer: bpe with a model from zero",
         )
+
+
+def _chat(facts: Facts) -> Iterator[Finding]:
+    chat = facts.data.chat
+    if chat is None:
+        return
+    if chat.untrained:
+        yield Finding(
+            "error",
+            "nothing-trained",
+            f"no token is trained in {chat.untrained} of {chat.conversations} conversations: {_places(chat.untrained_at, chat.untrained)}",
+            "their answers lie beyond data.max_tokens"
+            if chat.too_long and chat.way == "cut"
+            else "the assistant says nothing in them that counts",
+            "data.too_long: drop or split, or raise data.max_tokens" if chat.too_long and chat.way == "cut" else "remove them",
+        )
+    yield from _too_long(chat)
+    if chat.empty:
+        yield Finding(
+            "warning",
+            "empty-answers",
+            f"{chat.empty} conversations have an answer without words: {_places(chat.empty_at, chat.empty)}",
+            "the model learns to say nothing there",
+            "remove them, or give the message weight: 0",
+        )
+    if chat.terminator:
+        yield Finding(
+            "note" if chat.stops else "warning",
+            "terminator",
+            f"every answer ends with {chat.terminator!r}, which is trained"
+            if chat.stops
+            else f"answers end with {chat.terminator!r} or other tokens",
+            "the model stops there" if chat.stops else "not all of them stop the model: it would go on talking",
+            "" if chat.stops else "take the tokenizer and the template that the model was published with",
+        )
+    if chat.crossing:
+        yield Finding(
+            "note",
+            "crossing-tokens",
+            f"{chat.crossing} tokens hold the end of a prompt and the beginning of an answer",
+            "they are trained; the text begins an answer inside a token",
+        )
+
+
+def _too_long(chat: ChatFacts) -> Iterator[Finding]:
+    if not chat.too_long:
+        return
+    what = f"{chat.too_long} of {chat.conversations} conversations have more than {chat.room} tokens, up to {chat.longest}"
+    price = {
+        way: f"{tokens} of {chat.tokens} tokens ({tokens / chat.tokens:.1%}) and {trained} of {chat.trained} trained ones ({trained / max(chat.trained, 1):.1%})"
+        for way, (tokens, trained) in chat.lost.items()
+    }
+    if chat.way is None:
+        yield Finding(
+            "error",
+            "too-long",
+            what,
+            f"nothing is lost unasked: cut would lose {price['cut']}, drop {price['drop']}, split none, but later pieces do not see the earlier ones",
+            "set data.too_long: cut, drop or split",
+        )
+    elif chat.way == "split":
+        yield Finding("warning", "too-long", what, "they are split: no token is lost, but later pieces do not see the earlier ones")
+    else:
+        yield Finding(
+            "warning", "too-long", what, f"data.too_long: {chat.way} loses {price[chat.way]}", "raise data.max_tokens, or split them"
+        )
+
+
+def _places(first: tuple[str, ...], count: int) -> str:
+    return ", ".join(first) + (f" and {count - len(first)} more" if count > len(first) else "")
 
 
 def _inputs(facts: Facts) -> Iterator[Finding]:

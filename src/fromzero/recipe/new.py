@@ -47,6 +47,8 @@ def first_recipe(seen: Description, *, model: str | None = None) -> str:
     batch = 32 if seen.rows < 2000 else 64
     if seen.kind == "corpus":
         return _language(seen, name, model)
+    if seen.kind == "chat":
+        return _chat(seen, name, model)
     images = seen.image is not None
     epochs = 10 if images else max(5, min(100, round(STEPS_WANTED * batch / max(seen.rows, 1))))
     chosen, because = _model(seen)
@@ -133,6 +135,31 @@ def _language(seen: Description, name: str, model: str | None) -> str:
         *_line("batch", 16, "pieces of text per step"),
         *_line("steps", steps, ""),
         *_line("evaluate", f"{{every: {max(50, steps // 10)}}}", ""),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _chat(seen: Description, name: str, model: str | None) -> str:
+    """Conversations: a small published model with thin matrices beside its own."""
+    epochs = 3 if seen.rows < 2000 else 1
+    share = 0.2 if seen.rows < 100 else 0.1
+    lines = [
+        f"# A first recipe for {seen.source}: {seen.rows} conversations.",
+        "# Look at it with `fromzero data` and `fromzero plan`, then `fromzero train`.",
+        *_line("name", name, ""),
+        *_line("task", "chat", seen.why.get("task", "as asked")),
+        *_line(
+            "model", model or "smollm2-135m-instruct", "as asked" if model else "small enough for a laptop, and it can converse already"
+        ),
+        *_line("adapter", "{name: lora, rank: 8, alpha: 16, targets: all-linear}", "the model itself stays as it is"),
+        "data:",
+        *_line("  train", _quoted(seen.source), ""),
+        *_line("  hold_out", share, "kept aside to measure on, by distinct content"),
+        *(f"  # not used: {column} {why}" for column, why in seen.set_aside.items()),
+        *_line("optimizer", "{name: adamw, lr: 2e-4}", "an adapter starts at zero and bears ten times what the whole model does"),
+        *_line("schedule", "{name: cosine, warmup: 0.05}", "ends with small steps, so that the last conversations do not outweigh"),
+        *_line("batch", 8, "conversations per step"),
+        *_line("epochs", epochs, f"about {epochs * max(round(seen.rows * (1 - share) / 8), 1)} steps; more would learn them by heart"),
     ]
     return "\n".join(lines) + "\n"
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import textwrap
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fromzero.data import Classes, Loaded, Numbers, TextExamples, TextFormat
+from fromzero.data import ChatFormat, Classes, Loaded, Numbers, TextExamples, TextFormat
 from fromzero.data.columns import Columns
+from fromzero.data.examples import IGNORED
+from fromzero.data.tokens import decode
 from fromzero.data.tokens import pieces as token_texts
 
 _SHADES = " .:-=+*#%@"
 MOST_COLUMNS = 72
 MOST_TOKENS = 200
+MOST_SHOWN = 2000  # tokens of a conversation
+_BEGIN, _END = "\ue000", "\ue001"  # of the private use area: one column each while lines are folded
 
 
 def show_examples(loaded: Loaded, count: int) -> tuple[str, list[dict[str, Any]]]:
@@ -35,6 +42,8 @@ def show_examples(loaded: Loaded, count: int) -> tuple[str, list[dict[str, Any]]
 def _texts(loaded: Loaded, examples: TextExamples, index: Tensor) -> tuple[str, list[dict[str, Any]]]:
     """Texts cut into their tokens by bars."""
     form = loaded.preparation.inputs
+    if isinstance(form, ChatFormat):
+        return _chats(loaded, form, examples, index)
     assert isinstance(form, TextFormat)
     shown, values = [], []
     for i in index.tolist():
@@ -46,6 +55,30 @@ def _texts(loaded: Loaded, examples: TextExamples, index: Tensor) -> tuple[str, 
         shown.append(f"example {i}: {answer}\n" + textwrap.fill(text + more, MOST_COLUMNS, initial_indent="  ", subsequent_indent="  "))
         values.append({"answer": answer, "tokens": ids.tolist(), "pieces": pieces})
     return "\n\n".join(shown), values
+
+
+def _chats(loaded: Loaded, form: ChatFormat, examples: TextExamples, index: Tensor) -> tuple[str, list[dict[str, Any]]]:
+    """Conversations as the model sees them, special tokens included; what is trained stands out. Below: what was seen in all of them."""
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    begin, end = ("\x1b[1;32m", "\x1b[0m") if colour else ("⟦", "⟧")
+    shown, values = [], []
+    for i in index.tolist():
+        (inputs, _), targets = examples.take(torch.tensor([i]))
+        ids, trained = [*inputs.tolist(), int(examples.flat[examples.starts[i] + len(inputs)])], [False, *(targets != IGNORED).tolist()]
+        text, at = "", 0
+        for flag, run in groupby(trained[:MOST_SHOWN]):
+            before, at = at, at + len(list(run))
+            # of whole beginnings, for a piece by itself may lose its first blank
+            said = decode(form.tokenizer, ids[:at])[len(decode(form.tokenizer, ids[:before])) :].replace("\n", "⏎\n")
+            text += f"{_BEGIN}{said}{_END}" if flag else said
+        lines = [part for line in text.split("\n") for part in textwrap.wrap(line, MOST_COLUMNS, drop_whitespace=False) or [""]]
+        more = f", of which {MOST_SHOWN} are shown" if len(ids) > MOST_SHOWN else ""
+        body = "\n".join("  " + line for line in lines).replace(_BEGIN, begin).replace(_END, end)
+        shown.append(f"example {i}: {len(ids)} tokens{more}, {sum(trained)} trained\n{body}")
+        values.append({"tokens": ids, "pieces": token_texts(form.tokenizer, ids), "trained": trained})
+    seen = loaded.facts.chat
+    below = [part for said in (seen.lines() if seen else ()) for part in textwrap.wrap(said, MOST_COLUMNS + 4, subsequent_indent="  ")]
+    return "\n\n".join([*shown, "\n".join(below)]), values
 
 
 def _answer(loaded: Loaded, target: Tensor) -> str:
