@@ -44,7 +44,9 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         precision_choice,
         *([Choice("attention", attention, why)] if attention else []),
         *([Choice("adapters", lowrank, merged)] if lowrank else []),
-        micro_choice if pieces is None else Choice("micro_batch", f"{pieces} tokens", f"of at most {_worst(recipe, facts, batch)} a step; one division"),
+        micro_choice
+        if pieces is None
+        else Choice("micro_batch", f"{pieces} tokens", f"of at most {_worst(recipe, facts, batch)} a step; one division"),
         *([Choice("scores", f"{rows} rows", "of trained tokens at once; all scores of a batch are never in memory")] if rows else []),
     )
     found = [*trouble, *findings(recipe, facts)]
@@ -76,7 +78,11 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         evaluate_every=every,
-        grade="precision" if precision == "bf16" else "bitwise" if micro >= batch and pieces is None and rows is None and lowrank != "merged" else "reordered",
+        grade="precision"
+        if precision == "bf16"
+        else "bitwise"
+        if micro >= batch and pieces is None and rows is None and lowrank != "merged"
+        else "reordered",
         choices=choices,
         trains=trains,
         trainable_parameters=trainable,

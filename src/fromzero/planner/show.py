@@ -43,7 +43,9 @@ def show(plan: Plan) -> str:
     )
     lines += _node(
         "batch",
-        f"{format_count(plan.batch)} samples a step" if plan.batch_tokens is None else f"about {format_count(plan.batch_tokens)} tokens a step",
+        f"{format_count(plan.batch)} samples a step"
+        if plan.batch_tokens is None
+        else f"about {format_count(plan.batch_tokens)} tokens a step",
         "gradient descent: the whole training set" if recipe.batch == "all" else "the recipe's",
     )
     for name in ("micro_batch", "device", "threads", "allocator", "precision", "attention", "adapters", "scores"):

@@ -28,7 +28,9 @@ class Measured:
     silent: tuple[str, ...]
     peak_bytes: int
     batch: int
-    path_errors: dict[str, float] = field(default_factory=dict)  # fast path → its distance from the plain one, relative to the largest gradient
+    path_errors: dict[str, float] = field(
+        default_factory=dict
+    )  # fast path → its distance from the plain one, relative to the largest gradient
 
 
 @dataclass(frozen=True)

@@ -228,7 +228,11 @@ def override(written: Written, overrides: Sequence[str]) -> None:
         raise RecipeError(faults)
 
 
-_RIVALS = {"steps": ("epochs", "tokens"), "epochs": ("steps", "tokens"), "tokens": ("epochs", "steps")}  # naming one on the command line takes the other back
+_RIVALS = {
+    "steps": ("epochs", "tokens"),
+    "epochs": ("steps", "tokens"),
+    "tokens": ("epochs", "steps"),
+}  # naming one on the command line takes the other back
 _SHORT_FOR = {
     "model": "from",
     "data": "train",

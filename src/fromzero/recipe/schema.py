@@ -158,8 +158,12 @@ class Adapter(Section):
     )
     layers: str = Field("all", pattern=r"^(all|last-[1-9][0-9]*)$", description="all, or last-N: only the last N stages that hold a target")
     dropout: float = Field(0.0, ge=0, lt=1, description="share of the adapters' inputs set to 0 in training")
-    base: Literal["full", "8bit", "4bit"] = Field("full", description="how the frozen matrices are kept: full, 8bit or 4bit (lossy, smaller)")
-    train: tuple[str, ...] = Field((), description="globs of parameters that learn whole beside the adapters, such as embedding.tokens.weight")
+    base: Literal["full", "8bit", "4bit"] = Field(
+        "full", description="how the frozen matrices are kept: full, 8bit or 4bit (lossy, smaller)"
+    )
+    train: tuple[str, ...] = Field(
+        (), description="globs of parameters that learn whole beside the adapters, such as embedding.tokens.weight"
+    )
 
 
 # -------------------------------------------------------------------------------------------- data
@@ -389,7 +393,9 @@ class Evaluate(Section):
     stop_after: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(
         None, description="stop after this many evaluations without a lower loss"
     )
-    samples: int = Field(2, ge=0, le=100, description="language, chat: how many beginnings from the validation data are gone on with, to be read")
+    samples: int = Field(
+        2, ge=0, le=100, description="language, chat: how many beginnings from the validation data are gone on with, to be read"
+    )
 
 
 class Save(Section):
@@ -451,8 +457,8 @@ class Recipe(Section):
     adapter: Annotated[Adapter | None, _short("name"), NoneWord] = Field(None, description="none | lora | dora, with options")
     data: Data = Field(description="a source, or a section")
     loss: Loss | None = Field(None, description="auto | cross_entropy | bce | mse | mae | huber | FILE.py:FUNCTION, with options")
-    metrics: tuple[Literal["accuracy", "macro_f1", "r2", "rmse", "mae", "perplexity", "bits_per_byte", "token_accuracy"], ...] | None = Field(
-        None, description="auto, or a list"
+    metrics: tuple[Literal["accuracy", "macro_f1", "r2", "rmse", "mae", "perplexity", "bits_per_byte", "token_accuracy"], ...] | None = (
+        Field(None, description="auto, or a list")
     )
     optimizer: AnyOptimizer = Field(AdamW(), description="adamw | adam | sgd | rmsprop, with options")
     schedule: Annotated[Schedule, _short("name")] = Field(

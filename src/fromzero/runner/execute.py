@@ -192,7 +192,9 @@ class _Run:
         older = self.best.weights is not None and self.progress.best_step != self.progress.step
         write_model(self.folder / "model", replace(self.job.saved, folder=self.folder / "model"), kept, last if older else None)
         if self.samples:
-            write_whole(self.folder / SAMPLES, json.dumps([asdict(sample) for sample in self.samples], indent=1, ensure_ascii=False).encode())
+            write_whole(
+                self.folder / SAMPLES, json.dumps([asdict(sample) for sample in self.samples], indent=1, ensure_ascii=False).encode()
+            )
         result = self._result(status)
         write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
         return result, kept

@@ -37,7 +37,9 @@ from fromzero.weights.peft import PeftSettings, from_peft, read_peft, write_peft
 VERSION = 1
 MERGE_ERROR = 1e-5  # relative, on random rows; a float32 product in another order stays below
 FINAL, TOKENIZER, REST = "final.safetensors", "tokenizer.json", "fromzero."
-_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Columns, ImageFormat, ArrayFormat, TextFormat, ChatFormat, Classes, Numbers, Soft)}
+_KINDS: dict[str, Any] = {
+    kind.__name__: kind for kind in (Columns, ImageFormat, ArrayFormat, TextFormat, ChatFormat, Classes, Numbers, Soft)
+}
 
 
 @dataclass(frozen=True)

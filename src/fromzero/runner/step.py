@@ -51,9 +51,7 @@ def gradients(model: nn.Module, pieces: Pieces, loss: Loss, around: Around, *, r
     return total, count
 
 
-def judged(
-    model: nn.Module, inputs: Inputs, targets: Tensor, loss: Loss, around: Around, *, rows: int | None = None
-) -> Iterator[Part]:
+def judged(model: nn.Module, inputs: Inputs, targets: Tensor, loss: Loss, around: Around, *, rows: int | None = None) -> Iterator[Part]:
     """Run the model and judge what it says, part by part; each part's backward pass comes before the next part is asked for.
 
     Only rows that ask for a prediction are judged. Of a decoder no others are scored either, and `rows` of them at a time:
