@@ -50,11 +50,11 @@ class QuantizedLinear(nn.Module):
             both = torch.cartesian_prod(levels, levels)  # (256, 2): what each byte stands for
             self.register_buffer("pairs", both, persistent=False)
             blocks = F.pad(weight, (0, -self.in_features % BLOCK)).unflatten(1, (-1, BLOCK))  # (out, blocks, 64)
-            scale = _largest(blocks)
+            scale = blocks.abs().amax(-1, keepdim=True)
             codes = torch.bucketize(blocks / scale, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
             packed, scale = (codes[..., ::2] << 4 | codes[..., 1::2]).flatten(1), scale.flatten(1)
         else:
-            scale = _largest(weight) / 127
+            scale = weight.abs().amax(1, keepdim=True) / 127
             packed = (weight / scale).round().to(torch.int8)
         self.register_buffer("packed", packed)
         self.register_buffer("scale", scale)
@@ -75,11 +75,6 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, bias={self.bias is not None}"
-
-
-def _largest(values: Tensor) -> Tensor:
-    """The largest magnitude along the last dimension, kept as one; not zero, for what is divided by it."""
-    return values.abs().amax(-1, keepdim=True).clamp(min=torch.finfo(values.dtype).tiny * 256)
 
 
 class _Product(torch.autograd.Function):
