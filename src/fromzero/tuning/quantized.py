@@ -73,9 +73,6 @@ class QuantizedLinear(nn.Module):
         y: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
         return y
 
-    def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, bias={self.bias is not None}"
-
 
 class _Product(torch.autograd.Function):
     """x Wᵀ + bias; W is made again in the backward pass, so that nothing of its size is kept between the two."""

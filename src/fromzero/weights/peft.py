@@ -22,6 +22,8 @@ from fromzero.weights.tensors import check_fit, open_safetensors, read_json, som
 from fromzero.weights.translate import TensorMap, to_ours, to_theirs
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+Layers = Mapping[str, Sequence[str]]  # our module → the published modules that its rows are, in their order
+Parts = Mapping[str, Sequence[int]]  # our module → the rows of each
 _PREFIX = "base_model.model."
 _LEAVES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
@@ -61,15 +63,14 @@ def write_peft(
     folder: Path,
     settings: PeftSettings,
     tensors: Mapping[str, Tensor],
-    layers: Mapping[str, Sequence[str]],
-    parts: Mapping[str, Sequence[int]],
+    layers: Layers,
+    parts: Parts,
     extra: Mapping[str, Tensor] | None = None,
 ) -> dict[str, str]:
     """Write an adapter that peft.PeftModel.from_pretrained loads; the config, which comes last, makes it one.
 
     tensors: {module}.a, .b and, with DoRA, .magnitude of each module
-    layers:  module → the published modules that its rows are, in their order; one whose A and B are zero is left out
-    parts:   module → the rows of each
+    layers:  a published module whose A and B are zero is left out
     extra:   whole tensors that trained beside the adapters, by published name
     returns: SHA-256 by file name
     raises:  SourceError where it cannot be written
@@ -130,15 +131,8 @@ def read_peft(folder: Path) -> tuple[PeftSettings, dict[str, Tensor], dict[str, 
     return settings, {name: tensors[name] for name in tensors if name in adapters}, extra
 
 
-def from_peft(
-    tensors: Mapping[str, Tensor],
-    settings: PeftSettings,
-    layers: Mapping[str, Sequence[str]],
-    parts: Mapping[str, Sequence[int]],
-    *,
-    file: str,
-) -> dict[str, Tensor]:
-    """What read_peft read, under our names, for the modules that the file adapts; layers and parts as in write_peft.
+def from_peft(tensors: Mapping[str, Tensor], settings: PeftSettings, layers: Layers, parts: Parts, *, file: str) -> dict[str, Tensor]:
+    """What read_peft read, under our names, for the modules that the file adapts.
 
     A published module that the file leaves out beside others of its layer gets an A and a B of zeros: it has no gradient then, does
     nothing, and is left out again where the adapter is written.
@@ -160,7 +154,7 @@ def from_peft(
     return to_ours(whole, _names(adapted, parts, settings), file=file)
 
 
-def _names(layers: Mapping[str, Sequence[str]], parts: Mapping[str, Sequence[int]], settings: PeftSettings) -> TensorMap:
+def _names(layers: Layers, parts: Parts, settings: PeftSettings) -> TensorMap:
     sizes = {(module, leaf): tuple(parts[module]) for module in layers for leaf in _leaves(settings)}
     sizes |= {(module, "a"): (settings.rank,) * len(layers[module]) for module in layers}
     return {f"{m}.{leaf}": (tuple(_key(name, leaf) for name in layers[m]), "cat", rows) for (m, leaf), rows in sizes.items()}
