@@ -259,7 +259,7 @@ def test_targets_are_kinds_globs_and_last_components_in_the_last_stages(
         (["attention", "q_kv"], STAGES, "adapter.targets: 'q_kv' matches no Linear of the model; did you mean 'qkv'"),
         ("atention", STAGES, "did you mean 'attention'"),
         ("zzz", STAGES, "they are blocks.0.attention.qkv, "),
-        ("mlp", (), "adapter.last: no target lies inside a stage of the model; its stages are not known"),
+        ("mlp", (), "adapter.layers: no target lies inside a stage of the model; its stages are not known"),
     ],
 )
 def test_targets_that_match_nothing_are_errors_with_the_nearest(targets: str | list[str], stages: tuple[str, ...], said: str) -> None:

@@ -35,7 +35,7 @@ LONGEST = 2**20  # characters of one text, beyond eight times its conversation
 class Generation(jinja2.ext.Extension):
     """`{% generation %}` marks what an assistant says. Its inside is rendered as it stands; the mark is not used."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 -- as jinja2 declares it
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno

@@ -149,7 +149,7 @@ class _Watch:
         """Of a language model one row is scored, for no step has all rows of scores in memory."""
         if not isinstance(self.model, Decoder) or self.model.outputs is not None:
             return self.model(*inputs)
-        states = self.model.states(*inputs)
+        states = self.model.states(inputs[0], inputs[1])
         return self.model.scores(states[-1:]).expand(len(states), -1)
 
     def _note(self, name: str) -> Any:

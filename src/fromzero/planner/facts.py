@@ -77,8 +77,9 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: R
         still = frozen_beside(model, layers, learn=recipe.adapter.train, head=head if recipe.head.new else None)
     else:
         parameters = [n for n, _ in model.named_parameters()]
-        asked_still = {"body": freeze.body, "through": freeze.through, "names": freeze.names}
-        still = Frozen() if freeze.nothing else find_frozen(layers, parameters, head, **asked_still)
+        still = Frozen()
+        if not freeze.nothing:
+            still = find_frozen(layers, parameters, head, body=freeze.body, through=freeze.through, names=freeze.names)
     return Look(Facts(machine, loaded.facts, seen, still, adapted), loaded)
 
 
@@ -99,7 +100,7 @@ def _adapted(asked: Adapter, model: nn.Module, seen: ModelFacts, joined: Mapping
     last = None if asked.layers == "all" else int(asked.layers.removeprefix("last-"))
     chosen = choose_targets(seen.linears, stages=seen.stages, head=seen.head, targets=asked.targets, last=last)
     modules = dict(model.named_modules())
-    return {name: joined.get(name) or (int(modules[name].out_features),) for name in chosen}  # type: ignore[arg-type]
+    return {name: joined.get(name) or (int(modules[name].out_features),) for name in chosen}
 
 
 def _two(loaded: Loaded) -> tuple[Inputs, torch.Tensor]:

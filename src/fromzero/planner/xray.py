@@ -123,7 +123,7 @@ def _rows(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
             "nothing will show whether the model has merely learned by heart",
             "set data.hold_out: 0.1",
         )
-    if recipe.batch != "all" and recipe.batch > data.train:
+    if isinstance(recipe.batch, int) and recipe.batch > data.train:
         yield Finding(
             "note",
             "batch",

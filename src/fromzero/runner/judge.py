@@ -45,7 +45,7 @@ class Judge:
             inputs, targets = self.on_device(*examples.take(part_of))
             for part in judged(model, inputs, targets, self.loss, self.around, rows=self.rows):
                 total += part.total.double().cpu()
-                count += part.count.double().cpu()
+                count += part.counted.double().cpu()
                 self.metrics.update(self._in_units(part.outputs), self._in_units(part.targets))
         text_bytes = examples.bytes if isinstance(examples, TextExamples) and index is None else 0
         return float(total / count), self.metrics.compute(text_bytes=text_bytes)

@@ -26,7 +26,7 @@ class Part(NamedTuple):
     outputs: Tensor
     targets: Tensor
     total: Tensor
-    count: Tensor
+    counted: Tensor
     whole: bool
 
 
@@ -43,9 +43,9 @@ def gradients(model: nn.Module, pieces: Pieces, loss: Loss, around: Around, *, r
     for piece in pieces:
         for part in judged(model, *piece(), loss, around, rows=rows):
             divided = part.whole and len(pieces) == 1
-            (part.total / part.count if divided else part.total).backward()
+            (part.total / part.counted if divided else part.total).backward()
             total += part.total.item()  # waits for the device
-            count += part.count.item()
+            count += part.counted.item()
     if not divided:
         divide(model, count)
     return total, count
@@ -63,7 +63,7 @@ def judged(model: nn.Module, inputs: Inputs, targets: Tensor, loss: Loss, around
         targets = targets[keep]
     speaker = model if isinstance(model, Decoder) and model.outputs is None else None
     with around():
-        states = model(*inputs) if speaker is None else speaker.states(*inputs)
+        states = model(*inputs) if speaker is None else speaker.states(inputs[0], inputs[1])
         states = states if keep is None else states[keep]
         if speaker is None or rows is None or len(states) <= rows:
             outputs = states if speaker is None else speaker.scores(states)

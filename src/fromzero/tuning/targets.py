@@ -39,7 +39,7 @@ def choose_targets(
                 "no target lies inside a stage of the model",
                 why="its stages are not known" if not stages else f"they are {', '.join(stages)}",
                 mend="name the targets with globs instead",
-                key="adapter.last",
+                key="adapter.layers",
             )
     return tuple(name for name in linears if name in found)
 
