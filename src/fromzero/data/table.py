@@ -28,7 +28,6 @@ PART = 64  # rows of a table that are read at once: a row may be a book
 _STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)  # brackets inside strings open nothing
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _UNREAD = object()  # in place of a value whose fault was noted
-_SEPARATED = {".csv": ",", ".tsv": "\t"}
 _SEPARATORS = {"comma": ",", "tab": "\t", "semicolon": ";", "bar": "|"}
 
 
@@ -56,17 +55,7 @@ def read_table(path: Path) -> Table:
 
     raises: DataError with every bad line, or saying that the file is empty or of no known kind
     """
-    suffix, faults = _suffix(path), list[Fault]()
-    if suffix in _SEPARATED:
-        table = _read_separated(path, _SEPARATED[suffix])
-    elif suffix == ".parquet":
-        table = next(_parquet_parts(path, rows=None))
-    elif suffix == ".json":
-        table = _read_json(path)
-    else:
-        rows = list(json_lines(path, faults))
-        refuse(faults)
-        table = _from_objects(path, rows)
+    table = next(_READERS[_suffix(path)](path, None, None))
     if not table.columns or not len(table):
         raise DataError("has no rows", why=f"{len(table.columns)} columns, 0 rows", file=str(path))
     return table
@@ -79,8 +68,8 @@ def read_objects(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Fau
     """
     suffix, faults = _suffix(path), list[Fault]()
     rows: Iterable[tuple[int, dict[str, Any]]]
-    if suffix in _SEPARATED:
-        table = _read_separated(path, _SEPARATED[suffix])
+    if suffix in (".csv", ".tsv"):
+        table = read_table(path)
         cells = zip(*table.columns.values(), strict=True)
         rows = [(line, dict(zip(table.columns, row, strict=True))) for line, row in zip(table.lines, cells, strict=True)]
     elif suffix == ".parquet":
@@ -99,12 +88,32 @@ def read_objects(path: Path) -> tuple[list[tuple[int, dict[str, Any]]], list[Fau
 
 
 def _suffix(path: Path) -> str:
-    suffix, known = path.suffix.lower(), (*_SEPARATED, ".jsonl", ".ndjson", ".json", ".parquet")
-    if suffix not in known:
-        raise DataError(f"is no table that can be read ('{path.suffix}')", file=str(path), mend=f"one of {', '.join(known)}")
+    suffix = path.suffix.lower()
+    if suffix not in _READERS:
+        raise DataError(f"is no table that can be read ('{path.suffix}')", file=str(path), mend=f"one of {', '.join(_READERS)}")
     if path.stat().st_size == 0:
         raise DataError("is empty (0 bytes)", file=str(path), mend="is the download or the export complete?")
     return suffix
+
+
+def read_parts(path: Path, column: str | None = None) -> Iterator[Table]:
+    """A table that may be larger than memory, some rows at a time; TSV and JSON come as a whole.
+
+    column:  the one that is wanted: parquet files read no other
+    raises:  as read_table; the bad lines when all are known, and no part from the first of them on
+    """
+    return _READERS[path.suffix.lower()](path, PART, column)
+
+
+def _parts(rows: Iterator[Any], count: int | None, faults: list[Fault], build: Callable[[list[Any]], Table]) -> Iterator[Table]:
+    """`count` rows at a time, or all; faults come to be while rows are taken."""
+    part: list[Any] | None = None
+    while part is None or len(part) == count:
+        part = list(islice(rows, count))
+        if faults:
+            deque(rows, maxlen=0)  # the rest is read for its faults alone
+        refuse(faults)
+        yield build(part)
 
 
 def table_of(columns: Mapping[str, Iterable[Any]], *, name: str = "<table given from Python>") -> Table:
@@ -134,35 +143,6 @@ def _cell(value: Any) -> Any:
     if isinstance(value, bool):
         return str(value).lower()
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
-
-
-def read_parts(path: Path, column: str | None = None) -> Iterator[Table]:
-    """A table some rows at a time, so that it may be larger than memory; what has no such form comes as a whole.
-
-    column:  the one that is wanted: parquet files read no other
-    raises:  as read_table; bad lines when the last one is known, and no part from the first of them on
-    """
-    faults: list[Fault] = []
-    match path.suffix.lower():
-        case ".csv":
-            rows = _records(path, _lines(read_blocks(path), ""), ",")
-            header, body = _headed(path, rows, ",", faults)
-            yield from _parts(body, faults, lambda part: _of_records(path, header, part))
-        case ".jsonl" | ".ndjson":
-            yield from _parts(json_lines(path, faults), faults, lambda part: _from_objects(path, part))
-        case ".parquet":
-            yield from _parquet_parts(path, column)
-        case _:
-            yield read_table(path)
-
-
-def _parts(rows: Iterator[Any], faults: list[Fault], build: Callable[[list[Any]], Table]) -> Iterator[Table]:
-    while part := list(islice(rows, PART)):
-        if faults:
-            deque(rows, maxlen=0)  # the rest is read for its faults alone
-        refuse(faults)
-        yield build(part)
-    refuse(faults)
 
 
 def read_text(path: Path) -> str:
@@ -223,30 +203,21 @@ def _likely_encoding(data: bytes) -> str:
 # ---------------------------------------------------------------------------------- separated values
 
 
-def _read_separated(path: Path, separator: str) -> Table:
+def _read_separated(path: Path, count: int | None, separator: str) -> Iterator[Table]:
     faults: list[Fault] = []
-    text = read_text(path)
-    plain = separator == "\t" and _quotes_are_text(text)
-    header, rows = _headed(path, _records(path, _lines([text], ""), separator, plain), separator, faults)
-    body = list(rows)
-    refuse(faults)
-    return _of_records(path, header, body)
-
-
-_Record = tuple[int, list[str]]  # the first physical line, and the cells
-
-
-def _headed(path: Path, records: Iterator[_Record], separator: str, faults: list[Fault]) -> tuple[list[str], Iterator[_Record]]:
-    """The header, and the records below it; what does not fit is noted in `faults`."""
-    _, first = next(records, (0, None))
-    if first is None:
+    if separator == "\t":
+        text = read_text(path)
+        records = _records(path, _lines([text], ""), separator, _quotes_are_text(text))
+    else:
+        records = _records(path, _lines(read_blocks(path), ""), separator)
+    if (first := next(records, None)) is None:
         raise DataError("has no rows", file=str(path))
-    header = [name.strip() for name in first]
+    header = [name.strip() for name in first[1]]
     if not header[0]:
         header[0] = "row"  # pandas writes no name for its index
     faults += _header_faults(path, header, separator)
 
-    def body() -> Iterator[_Record]:
+    def fitting() -> Iterator[tuple[int, list[str]]]:
         for line, cells in records:
             if len(cells) == len(header):
                 yield line, cells
@@ -254,16 +225,14 @@ def _headed(path: Path, records: Iterator[_Record], separator: str, faults: list
             what = f"has {len(cells)} cells, the header has {len(header)}"
             faults.append(Fault(what, mend="a separator inside a cell needs quotes around the cell", file=str(path), line=line))
 
-    return header, body()
+    def build(part: list[tuple[int, list[str]]]) -> Table:
+        return Table(str(path), {name: [cells[i] for _, cells in part] for i, name in enumerate(header)}, [line for line, _ in part])
+
+    return _parts(fitting(), count, faults, build)
 
 
-def _of_records(path: Path, header: list[str], body: list[_Record]) -> Table:
-    columns = {name: [cells[i] for _, cells in body] for i, name in enumerate(header)}
-    return Table(str(path), columns, [line for line, _ in body])
-
-
-def _records(path: Path, lines: Iterable[str], separator: str, quotes_are_text: bool = False) -> Iterator[_Record]:
-    """Each record that is not blank. A quote that never ends is a fault, not a long cell."""
+def _records(path: Path, lines: Iterable[str], separator: str, quotes_are_text: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """(first physical line, cells) of each record that is not blank. A quote that never ends is a fault, not a long cell."""
     csv.field_size_limit(16 * 2**20)  # a long text is no fault; the default stops at 128 KiB
     reader = csv.reader(lines, delimiter=separator, strict=True)
     if quotes_are_text:
@@ -322,6 +291,11 @@ def refuse(faults: Sequence[Fault]) -> None:
 # ---------------------------------------------------------------------------------------------- JSON
 
 
+def _read_json_lines(path: Path, count: int | None, _: str | None) -> Iterator[Table]:
+    faults: list[Fault] = []
+    return _parts(json_lines(path, faults), count, faults, lambda part: _from_objects(path, part))
+
+
 def json_lines(path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
     """(line, object) of each line that holds one, read as a stream; any other line is noted in `faults`."""
     return _objects(path, _json_values(path, faults), faults)
@@ -346,16 +320,13 @@ def _objects(path: Path, values: Iterable[tuple[int, Any]], faults: list[Fault])
             faults.append(Fault(f"is {'null' if value is None else type(value).__name__}, not an object", file=str(path), line=line))
 
 
-def _read_json(path: Path) -> Table:
-    value = _whole_json(path)
+def _read_json(path: Path) -> Iterator[Table]:
+    faults, value = list[Fault](), _whole_json(path)
     if isinstance(value, dict) and value and all(isinstance(cells, list) for cells in value.values()):
-        return table_of(value, name=str(path))
+        return iter([table_of(value, name=str(path))])
     if not isinstance(value, list):
         raise DataError("is neither a list of objects nor an object of columns", file=str(path))
-    faults: list[Fault] = []
-    rows = list(_objects(path, enumerate(value, 1), faults))
-    refuse(faults)
-    return _from_objects(path, rows)
+    return _parts(_objects(path, enumerate(value, 1), faults), None, faults, lambda part: _from_objects(path, part))
 
 
 def _whole_json(path: Path) -> Any:
@@ -413,24 +384,35 @@ def _from_objects(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> Table:
     return Table(str(path), columns, [line for line, _ in rows])
 
 
-def _parquet_parts(path: Path, column: str | None = None, rows: int | None = 16 * PART) -> Iterator[Table]:
-    for frame in _frames(path, column, rows):
+def _read_parquet(path: Path, count: int | None, column: str | None) -> Iterator[Table]:
+    for frame in _frames(path, count, column):
         yield table_of(frame.to_dict(as_series=False), name=str(path))
 
 
-def _frames(path: Path, column: str | None, rows: int | None) -> Iterator[Any]:
-    """`rows` at a time, by slices of a lazy reading, which opens the row groups of the slice alone; None: all at once."""
+def _frames(path: Path, count: int | None, column: str | None) -> Iterator[Any]:
+    """By slices of a lazy reading, which opens the row groups of the slice alone."""
     try:
         import polars
     except ImportError:
         raise MissingExtra("parquet files need polars", mend="pip install polars") from None
-    begin, size = 0, None
-    while size is None or begin < size:
+    begin, size = 0, 1
+    while begin < size:
         try:
             scan = polars.scan_parquet(path)
-            size = size or int(scan.select(polars.len()).collect().item())
-            frame = (scan.select(column) if column else scan).slice(begin, rows).collect()
+            size = int(scan.select(polars.len()).collect().item())
+            frame = (scan.select(column) if column else scan).slice(begin, count and 16 * count).collect()
         except Exception as error:  # polars names no one class for what a damaged file may raise
             raise DataError(f"is not a whole parquet file ({str(error)[:120]})", file=str(path)) from None
         yield frame
-        begin += rows or max(size, 1)
+        begin += max(frame.height, 1)
+
+
+# Each takes a path, how many rows at a time (None: all) and the column that is wanted (None: all).
+_READERS: dict[str, Callable[[Path, int | None, str | None], Iterator[Table]]] = {
+    ".csv": lambda path, count, _: _read_separated(path, count, ","),
+    ".tsv": lambda path, count, _: _read_separated(path, count, "\t"),
+    ".jsonl": _read_json_lines,
+    ".ndjson": _read_json_lines,
+    ".json": lambda path, *_: _read_json(path),
+    ".parquet": _read_parquet,
+}
