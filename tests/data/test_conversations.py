@@ -153,7 +153,8 @@ def test_a_first_recipe_is_for_conversations_only_where_nothing_else_is_meant(tm
     assert not holds_conversations(file([{"text": "a"}]), HERE) and not holds_conversations(file([{"x": 1, "y": 2}]), HERE)
     scored = file([{**pair, "words": i % 3, "score": i % 7 + i / 3} for i in range(20)])
     assert describe(scored).kind == "table" and describe(scored, task="chat").kind == "chat"
-    assert describe(file([{"question": i % 3, "answer": i % 2} for i in range(20)]), target="answer").kind == "table"
+    for answers in ("12345678", ["yes", "no"] * 4, range(8)):  # numbers and labels
+        assert describe(file([{"input": i % 3 + i / 2, "output": answer} for i, answer in enumerate(answers)])).kind == "table"
 
 
 def test_a_first_recipe_for_conversations_gives_each_guess_with_its_reason(tmp_path):

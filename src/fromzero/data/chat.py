@@ -21,6 +21,7 @@ from fromzero.data.load import DataFacts, Loaded, Preparation, conflicts
 from fromzero.data.opening import ChatAsked, Request
 from fromzero.data.split import hold_out, sample
 from fromzero.data.table import refuse
+from fromzero.data.template import template_digest
 from fromzero.data.text import TextExamples, TextFormat
 from fromzero.data.turns import ChatFormat, Conversation, Encoded, encode_conversations
 from fromzero.errors import DataError, Fault
@@ -206,7 +207,7 @@ def _facts(
         terminator=tk.decode(form.tokenizer, [last.most_common(1)[0][0]]) if last else "",
         stops=last.keys() <= set(form.stops),
         crossing=sum(one.crossing for one in encoded),
-        template=hashlib.sha256(form.template.encode()).hexdigest()[:12],
+        template=template_digest(form.template)[:12],
     )
 
 

@@ -168,13 +168,15 @@ def read_conversations(source: Any, mapping: Mapping[str, str] | None, folders: 
 
 
 def holds_conversations(source: str, folders: Sequence[Path]) -> bool:
-    """Whether nothing else is meant by a table: lists of messages, instructions, or a known pair of columns and no other column."""
+    """Whether nothing else is meant by a table: lists of messages, instructions, or a known pair alone whose answers are sentences, no labels."""
     _, rows, _ = _rows(source, folders)
     shape = _shape_of(rows)
     if shape is None or shape == _TEXT:
         return False
-    plain = bool(shape.role) or shape.needs[0] in ("instruction", "chosen")
-    return plain or all(column in shape.columns for _, row in rows for column in row)
+    answers = [row.get(shape.needs[-1]) for _, row in rows]
+    words = {answer for answer in answers if isinstance(answer, str) and any(map(str.isalpha, answer))}
+    alone = all(column in shape.columns for _, row in rows for column in row) and 2 * len(words) > len(rows)
+    return bool(shape.role) or shape.needs[0] in ("instruction", "chosen") or alone
 
 
 def _rows(source: Any, folders: Sequence[Path]) -> tuple[str, Sequence[tuple[int, Row]], list[Fault]]:

@@ -71,7 +71,9 @@ def _chats(loaded: Loaded, form: ChatFormat, examples: TextExamples, index: Tens
             # of whole beginnings, for a piece by itself may lose its first blank
             said = decode(form.tokenizer, ids[:at])[len(decode(form.tokenizer, ids[:before])) :].replace("\n", "⏎\n")
             text += f"{_BEGIN}{said}{_END}" if flag else said
-        lines = [part for line in text.split("\n") for part in textwrap.wrap(line, MOST_COLUMNS, drop_whitespace=False) or [""]]
+        lines = [
+            part for line in text.rstrip("\n").split("\n") for part in textwrap.wrap(line, MOST_COLUMNS, drop_whitespace=False) or [""]
+        ]
         more = f", of which {MOST_SHOWN} are shown" if len(ids) > MOST_SHOWN else ""
         body = "\n".join("  " + line for line in lines).replace(_BEGIN, begin).replace(_END, end)
         shown.append(f"example {i}: {len(ids)} tokens{more}, {sum(trained)} trained\n{body}")
