@@ -113,7 +113,7 @@ def test_conversations_are_split_by_content_and_what_stands_in_train_is_not_meas
     assert (apart.facts.shared, apart.facts.validation) == (5, 5)
     kept = load(rows(20), validation=spaced, keep_shared=True)
     assert (kept.facts.shared, kept.facts.validation) == (5, 10)
-    with pytest.raises(DataError, match="every one of its 3 validation conversations stands in the training data too"):
+    with pytest.raises(DataError, match="every one of its 3 validation examples stands in the training data too"):
         load(rows(20), validation=rows(3))
     limited = load(rows(20), limit=7, hold_out=0.2)
     assert (limited.facts.train, limited.facts.validation) == (7, 4) and "keeps 7 of 16" in limited.facts.notes[0]

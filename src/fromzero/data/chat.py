@@ -17,7 +17,7 @@ import torch
 import fromzero.data.tokens as tk
 from fromzero.data.answers import Soft
 from fromzero.data.conversations import ChatFacts, Conversations, read_conversations
-from fromzero.data.load import DataFacts, Loaded, Preparation, conflicts
+from fromzero.data.load import DataFacts, Loaded, Preparation, conflicts, nothing_apart
 from fromzero.data.opening import ChatAsked, Request
 from fromzero.data.split import hold_out, sample
 from fromzero.data.table import refuse
@@ -58,20 +58,10 @@ def load_chat(request: Request) -> Loaded:
             validation=len(validation),
             input_shape=(),
             outputs=text.vocabulary,
-            classes=None,
-            train_counts={},
-            validation_counts={},
-            columns={},
             notes=tuple(notes),
             repeats=len(keys) - len(set(keys)),
             shared=shared,
             conflicting=conflicts(*zip(*(_question_and_answer(one) for one in train), strict=True)),
-            lowest=0.0,
-            highest=0.0,
-            set_aside={},
-            target_mean=(),
-            target_std=(),
-            given_indices=False,
             bytes=sum(5 * part.flat.numel() + 16 * len(part) for part in (examples, validation)),
             digest=_digest(form, examples, validation),
             text=text,
@@ -111,13 +101,7 @@ def _sides(read: Conversations, request: Request, notes: list[str]) -> tuple[Seq
     known = {_key(one.messages) for one in train}
     apart = tuple(one for one in held if _key(one.messages) not in known)
     if held and not apart and not request.keep_shared:
-        raise DataError(
-            f"every one of its {len(held)} validation conversations stands in the training data too",
-            why="nothing would show whether the model has merely learned by heart",
-            mend="name other data, or say data.shared: keep",
-            file=str(request.validation),
-            key="data.validation",
-        )
+        raise nothing_apart(len(held), str(request.validation))
     return train, held if request.keep_shared else apart, len(held) - len(apart)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -53,22 +53,22 @@ class DataFacts:
     validation: int
     input_shape: tuple[int, ...]
     outputs: int
-    classes: tuple[str, ...] | None
-    train_counts: dict[str, int]
-    validation_counts: dict[str, int]
-    columns: dict[str, str]
-    notes: tuple[str, ...]
-    repeats: int  # rows whose content stands in an earlier row too
-    shared: int  # validation rows whose content stands in train
-    conflicting: int  # distinct contents that carry more than one label
-    lowest: float  # of a sample of the prepared inputs
-    highest: float
-    set_aside: dict[str, str]
-    target_mean: tuple[float, ...]  # of the training targets, as learned
-    target_std: tuple[float, ...]
-    given_indices: bool  # labels were class indices already
     bytes: int
     digest: str
+    classes: tuple[str, ...] | None = None
+    train_counts: dict[str, int] = field(default_factory=dict)
+    validation_counts: dict[str, int] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    repeats: int = 0  # rows whose content stands in an earlier row too
+    shared: int = 0  # validation rows whose content stands in train
+    conflicting: int = 0  # distinct contents that carry more than one label
+    lowest: float = 0.0  # of a sample of the prepared inputs
+    highest: float = 0.0
+    set_aside: dict[str, str] = field(default_factory=dict)
+    target_mean: tuple[float, ...] = ()  # of the training targets, as learned
+    target_std: tuple[float, ...] = ()
+    given_indices: bool = False  # labels were class indices already
     text: TextFacts | None = None
     chat: ChatFacts | None = None
 
@@ -200,14 +200,18 @@ def _without(held: _Part, known: set[bytes]) -> _Part:
     """Validation rows that do not stand in the training data: a figure measured on those would flatter."""
     rows = [row for row in held.rows if held.contents[row] not in known]
     if not rows:
-        raise DataError(
-            f"every one of its {len(held.rows)} validation examples stands in the training data too",
-            why="nothing would show whether the model has merely learned by heart",
-            mend="name other data, or say data.shared: keep",
-            file=held.source.name,
-            key="data.validation",
-        )
+        raise nothing_apart(len(held.rows), held.source.name)
     return replace(held, rows=rows)
+
+
+def nothing_apart(count: int, file: str) -> DataError:
+    return DataError(
+        f"every one of its {count} validation examples stands in the training data too",
+        why="nothing would show whether the model has merely learned by heart",
+        mend="name other data, or say data.shared: keep",
+        file=file,
+        key="data.validation",
+    )
 
 
 # ------------------------------------------------------------------------------------ labels and rows
