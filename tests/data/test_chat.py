@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from tokenizers import AddedToken, Tokenizer
 
 import fromzero as fz
-from fromzero.data import ChatAsked, Request, chat_again, load_chat
+from fromzero.data import ChatAsked, DataFacts, Request, chat_again, load_chat
 from fromzero.data import tokens as tk
 from fromzero.data.examples import IGNORED
 from fromzero.data.render import environment
@@ -92,7 +93,9 @@ def test_each_example_is_one_conversation_whose_answers_alone_are_asked_for():
 
 def test_the_facts_are_counted_by_hand():
     said = ["c d", "f g", "h", ""]
-    seen = load([talk("a", said[0], "e", said[1]), talk("x", said[2]), talk("y", said[3])]).facts.chat
+    facts = load([talk("a", said[0], "e", said[1]), talk("x", said[2]), talk("y", said[3])]).facts
+    seen, adapter = facts.chat, TypeAdapter(DataFacts)
+    assert adapter.validate_json(adapter.dump_json(facts)) == facts  # as a plan is kept
     sizes = [len(tk.encode(tokenizer(), [text], special=False)[0]) + 1 for text in said]
     each = sorted([sizes[0] + sizes[1], sizes[2], sizes[3]])
     assert (seen.conversations, seen.one_turn, seen.trained) == (3, 2, sum(sizes))
