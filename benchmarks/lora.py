@@ -3,8 +3,9 @@
     python benchmarks/lora.py --rounds 3 --json benchmarks/results/lora.json
 
 Rank 8, alpha 16, every linear layer of the blocks, no dropout; 96 conversations of the seed tasks of Self-Instruct
-(arXiv:2212.10560) in batches of 8, as long as they are; AdamW 2e-4, no weight decay, no clipping, float32. Only the
-assistant's words and the end of its turn are trained. Each measurement is a process of its own; the sides take turns.
+(arXiv:2212.10560) in batches of 8, none cut; AdamW 2e-4, no weight decay, no clipping, float32. Only the assistant's words
+and the end of its turn are trained. Each measurement is a process of its own; the sides take turns. Conversations of more
+than 512 tokens are not drawn: eight of them, padded, ask for more memory than a usual machine has.
 
 A first process writes what all sides read: the model as a folder, the conversations as messages and, rendered by the
 model's own template, as ids with a flag per token, the first A and B in PEFT's format, and the order, which is that of
@@ -48,6 +49,7 @@ from report import ROOT, circumstances, in_turn, last_json, machine_line, print_
 TASKS = ROOT.parent / "shared" / "data" / "self_instruct_seed_tasks.jsonl"
 MODEL = "smollm2-135m-instruct"
 CONVERSATIONS, BATCH = 96, 8
+LONGEST = 512  # tokens: Trainer takes about 12 GB for 8 conversations as long as that, and 35 for 8 of 1,400
 RANK, ALPHA, LR, SEED = 8, 16, 2e-4, 0
 IGNORED = -100
 NEEDS = ("transformers", "accelerate", "peft", "trl", "datasets")  # of the extra `bench`
@@ -139,7 +141,7 @@ def trl_padded(folder: Path, watch: Steps, threads: int, **chosen: Any) -> None:
             return noted(watch, super().training_step(*arguments, **named))
 
     with tempfile.TemporaryDirectory() as output:
-        chosen = {**settings(output, watch), "bf16": False, "max_length": None, **chosen}
+        chosen = {**settings(output, watch), "bf16": False, "gradient_checkpointing": False, "max_length": None, **chosen}
         side = Watched(
             model=adapted(folder),
             args=SFTConfig(**chosen),
@@ -148,7 +150,8 @@ def trl_padded(folder: Path, watch: Steps, threads: int, **chosen: Any) -> None:
             callbacks=[ticking(watch)],
         )
         if chosen.get("packing"):
-            watch.batches = [in_documents(row) for row in side.train_dataset]
+            rows = itertools.cycle(in_documents(row) for row in side.train_dataset)
+            watch.batches = list(itertools.islice(rows, watch.last))
         side.train()
 
 
@@ -158,9 +161,8 @@ def trl_padding_free(folder: Path, watch: Steps, threads: int) -> None:
 
 
 def trl_packed(folder: Path, watch: Steps, threads: int) -> None:
-    """A step is one row as long as the longest conversation, filled best fit first: about 8 conversations, but other ones."""
-    longest = max(len(one["input_ids"]) for one in ordered(folder, 1, batch=CONVERSATIONS))
-    trl_padded(folder, watch, threads, packing=True, max_length=longest, per_device_train_batch_size=1)
+    """Each step is one row of at most 1,024 tokens (trl's default), filled best fit first: about 8 conversations, but other ones."""
+    trl_padded(folder, watch, threads, packing=True, max_length=1024, per_device_train_batch_size=1)
 
 
 SIDES: dict[str, Callable[[Path, Steps, int], None]] = {
@@ -183,7 +185,6 @@ def settings(output: str, watch: Steps) -> dict[str, Any]:
         "weight_decay": 0.0,
         "lr_scheduler_type": "constant",
         "max_grad_norm": 0.0,
-        "gradient_checkpointing": False,
         "train_sampling_strategy": "sequential",
         "logging_strategy": "no",
         "save_strategy": "no",
@@ -227,14 +228,14 @@ def adapted(folder: Path) -> Any:
 # -------------------------------------------------------------------------------------- what all read
 
 
-def ordered(folder: Path, steps: int, batch: int = BATCH) -> list[Example]:
+def ordered(folder: Path, steps: int) -> list[Example]:
     """The conversations of so many steps, one after another, as ids and labels."""
     written = json.loads((folder / "examples.json").read_text())
     examples = [
         {"input_ids": ids, "labels": [token if learned else IGNORED for token, learned in zip(ids, trained, strict=True)]}
         for ids, trained in zip(written["ids"], written["trained"], strict=True)
     ]
-    return [examples[place] for place in written["order"][: steps * batch]]
+    return [examples[place] for place in written["order"][: steps * BATCH]]
 
 
 def in_batches(all_: Sequence[Any]) -> list[Sequence[Any]]:
@@ -267,9 +268,11 @@ def prepare(folder: Path, steps: int) -> None:
         chat_template=published.chat_template,
         generation=published.generation,
     )
-    tokenizer, chats = tokenizer_of(folder), conversations()
+    tokenizer = tokenizer_of(folder)
+    drawn = ((chat, *rendered(tokenizer, chat)) for chat in conversations())
+    fitting = itertools.islice((one for one in drawn if len(one[1]) <= LONGEST), CONVERSATIONS)
+    chats, ids, trained = zip(*fitting, strict=True)
     (folder / "conversations.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
-    ids, trained = zip(*(rendered(tokenizer, chat) for chat in chats), strict=True)
     epochs = -(-steps * BATCH // CONVERSATIONS)
     order = [place for epoch in range(epochs) for place in epoch_order(SEED, epoch, CONVERSATIONS).tolist()]
     (folder / "examples.json").write_text(json.dumps({"ids": ids, "trained": trained, "order": order}))
@@ -295,20 +298,21 @@ def prepare(folder: Path, steps: int) -> None:
     print(json.dumps(found))
 
 
-def conversations() -> list[list[dict[str, str]]]:
-    """One question and its answer each. Without the file, random words whose lengths are spread as widely."""
+def conversations() -> Iterator[list[dict[str, str]]]:
+    """One question and its answer each, shuffled. Without the file, random words whose lengths are spread as widely."""
     draw = random.Random(SEED)
     if TASKS.is_file():
-        tasks = draw.sample([json.loads(line) for line in TASKS.read_text(encoding="utf-8").splitlines()], CONVERSATIONS)
-        pairs = [
-            ("\n\n".join(filter(None, [task["instruction"], task["instances"][0]["input"]])), task["instances"][0]["output"])
-            for task in tasks
-        ]
-    else:
-        words = [start + end for start in "bdfglmnprst" for end in ("a", "e", "ing", "one")]
-        lengths = [[max(2, round(draw.lognormvariate(3.6, 1.0))) for _ in "qa"] for _ in range(CONVERSATIONS)]
-        pairs = [(" ".join(draw.choices(words, k=asked)), " ".join(draw.choices(words, k=said))) for asked, said in lengths]
-    return [[{"role": "user", "content": asked}, {"role": "assistant", "content": said}] for asked, said in pairs]
+        tasks = [json.loads(line) for line in TASKS.read_text(encoding="utf-8").splitlines()]
+        for task in draw.sample(tasks, len(tasks)):
+            first = task["instances"][0]
+            yield turns("\n\n".join(filter(None, [task["instruction"], first["input"]])), first["output"])
+    words = [start + end for start in "bdfglmnprst" for end in ("a", "e", "ing", "one")]
+    while not TASKS.is_file():
+        yield turns(*(" ".join(draw.choices(words, k=max(2, round(draw.lognormvariate(3.6, 1.0))))) for _ in range(2)))
+
+
+def turns(asked: str, said: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": asked}, {"role": "assistant", "content": said}]
 
 
 def rendered(tokenizer: Any, chat: Sequence[dict[str, str]]) -> tuple[list[int], list[int]]:
