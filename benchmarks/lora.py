@@ -49,7 +49,7 @@ from report import ROOT, circumstances, in_turn, last_json, machine_line, print_
 TASKS = ROOT.parent / "shared" / "data" / "self_instruct_seed_tasks.jsonl"
 MODEL = "smollm2-135m-instruct"
 CONVERSATIONS, BATCH = 96, 8
-LONGEST = 512  # tokens: Trainer takes about 12 GB for 8 conversations as long as that, and 35 for 8 of 1,400
+LONGEST = 512  # tokens: Trainer took 12.7 GB for 8 conversations padded to 482, and would take about 35 for 8 of 1,400
 RANK, ALPHA, LR, SEED = 8, 16, 2e-4, 0
 IGNORED = -100
 NEEDS = ("transformers", "accelerate", "peft", "trl", "datasets")  # of the extra `bench`
