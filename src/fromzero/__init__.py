@@ -63,8 +63,10 @@ __all__ = [
     "ShapeError",
     "SourceError",
     "UserError",
+    "chat",
     "evaluate",
     "fetch",
+    "generate",
     "load",
     "new",
     "plan",
@@ -272,11 +274,51 @@ def predict(source: str, inputs: Any, *, runs: str | Path = "runs", model: Any =
     return predict_with(saved, saved.load(model), inputs)
 
 
-def evaluate(source: str, data: Any = None, *, runs: str | Path = "runs", model: Any = None, train_data: Any = None) -> dict[str, Any]:
+def generate(source: str, prompt: str, *, max_tokens: int = 256, seed: int | None = 0, runs: str | Path = "runs", **drawn: Any) -> str:
+    """The text with which a model goes on from a prompt, taken as it stands: no chat template is put around it.
+
+    source:  `run:NAME`, a folder, a file or any published source
+    drawn:   temperature=0.0 (0 takes the likeliest token), top_k, top_p: which tokens are drawn from
+    """
+    from fromzero.use.speak import complete, open_speaker
+
+    return "".join(complete(open_speaker(source, Path(runs)), prompt, max_tokens=max_tokens, seed=seed, **drawn))
+
+
+def chat(
+    source: str,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    max_tokens: int = 1024,
+    seed: int | None = 0,
+    runs: str | Path = "runs",
+    **drawn: Any,
+) -> str:
+    """A model's answer to messages ({"role": "user", "content": …}), by its own chat template.
+
+    source, drawn:  as in generate
+    raises:         ModelError for a model without a template, or messages longer than its context
+    """
+    from fromzero.use.speak import converse, open_speaker
+
+    return "".join(converse(open_speaker(source, Path(runs)), messages, whole=True, max_tokens=max_tokens, seed=seed, **drawn))
+
+
+def evaluate(
+    source: str, data: Any = None, *, task: str | None = None, runs: str | Path = "runs", model: Any = None, train_data: Any = None
+) -> dict[str, Any]:
     """Loss and metrics of a run on other data, or on its own validation data.
 
-    model, train_data: what the run was given from Python, to be given again
+    task:               choice or exact: data is a JSON-lines file of questions, and any model that speaks answers them
+    model, train_data:  what the run was given from Python, to be given again
     """
+    if task is not None:
+        from fromzero.use.score import score
+        from fromzero.use.speak import open_speaker
+
+        if data is None:
+            raise UserError("there are no questions", mend="name a JSON-lines file of them")
+        return score(open_speaker(source, Path(runs)), Path(data), task)
     from fromzero.runner.assemble import make_judge
     from fromzero.runner.folder import find_run
     from fromzero.runner.saved import find_model, read_model

@@ -31,6 +31,11 @@ Runs = Annotated[str, typer.Option("--runs", metavar="DIR", help="folder of the 
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON value on standard output, all else on standard error")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error too")]
 Source = Annotated[str, typer.Argument(metavar="MODEL", help="run:NAME, or a run's folder")]
+AnySource = Annotated[str, typer.Argument(metavar="MODEL", help="run:NAME, a folder or file of a model, or a published source")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time; 1 draws them as the model expects them")]
+TopK = Annotated[int | None, typer.Option(min=1, help="draw only from so many of the likeliest tokens")]
+TopP = Annotated[float | None, typer.Option(min=0, max=1, help="draw only from the fewest tokens whose shares reach this")]
+Seed = Annotated[int, typer.Option(help="of what is drawn")]
 
 
 def _answer(work: Callable[[], Any], as_json: bool, debug: bool, text: Callable[[Any], str]) -> None:
@@ -205,18 +210,74 @@ def list_runs(
 
 @app.command()
 def evaluate(
-    model: Source,
+    model: AnySource,
     data: Annotated[str | None, typer.Argument(metavar="[DATA]", help="its own validation data if left out")] = None,
+    task: Annotated[str | None, typer.Option(help="choice or exact: DATA is a JSON-lines file of questions to a language model")] = None,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a trained model on data."""
+    """Measure a trained model on data, or any language model on questions."""
 
     def text(found: dict[str, Any]) -> str:
-        return "\n".join(f"{name:<12}{value:.6g}" if isinstance(value, float) else f"{name:<12}{value}" for name, value in found.items())
+        shown = {name: f"{value:.6g}" if isinstance(value, float) else value for name, value in found.items() if name != "rows"}
+        return "\n".join(f"{name:<{max(map(len, shown)) + 2}}{value}" for name, value in shown.items())
 
-    _answer(lambda: fz.evaluate(model, data, runs=runs), as_json, debug, text)
+    _answer(lambda: fz.evaluate(model, data, task=task, runs=runs), as_json, debug, text)
+
+
+@app.command()
+def generate(
+    model: AnySource,
+    prompt: Annotated[str, typer.Option(help="the text to go on with, as it stands: without a chat template")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="tokens at most")] = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a text, as a language model does. With --json: text, tokens, and why it stopped (stop, length or context)."""
+
+    def work() -> Any:
+        from fromzero.use.speak import complete, open_speaker
+
+        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        speech, text = complete(open_speaker(model, Path(runs)), prompt, max_tokens=max_tokens, **drawn), ""
+        for piece in speech:
+            text += piece
+            if not as_json:
+                print(piece, end="", flush=True)
+        return _Both(("", {"text": text, "tokens": len(speech.ids), "stopped": speech.stopped}))
+
+    _answer(work, as_json, debug, str)
+
+
+@app.command()
+def chat(
+    model: AnySource,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="what the model is told before the first question")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="tokens of one answer at most")] = 1024,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    seed: Seed = 0,
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Talk with a model, through its own chat template; /help lists what else can be typed. In a pipe: one question a line."""
+
+    def work() -> Any:
+        from fromzero.use.speak import open_speaker
+        from fromzero.use.terminal import talk
+
+        drawn = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
+        return _Both(("", {"turns": talk(open_speaker(model, Path(runs)), system=system, quiet=as_json, **drawn)}))
+
+    _answer(work, as_json, debug, str)
 
 
 @app.command()

@@ -41,11 +41,15 @@ class Start:
         return self.published.tokenizer if self.published is not None else None
 
     @property
+    def config(self) -> dict[str, Any]:
+        """The config.json of a published family; {} where there is none"""
+        blueprint = None if self.saved is None else self.saved.design.blueprint
+        return self.published.config if self.published is not None else blueprint.options.get("config", {}) if blueprint else {}
+
+    @property
     def context(self) -> int | None:
         """How many positions the model was made for"""
-        blueprint = None if self.saved is None else self.saved.design.blueprint
-        config = self.published.config if self.published is not None else blueprint.options.get("config", {}) if blueprint else {}
-        found = config.get("max_position_embeddings") or config.get("n_positions")
+        found = self.config.get("max_position_embeddings") or self.config.get("n_positions")
         return int(found) if found else None
 
     @property

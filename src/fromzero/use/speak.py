@@ -1,0 +1,192 @@
+"""Speak: a model and a text or a conversation in, the text that goes on from it out, piece by piece as it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import fromzero.data.tokens as tk
+from fromzero.data import TextFormat
+from fromzero.data.turns import ChatFormat, Conversation, Encoded, encode_conversations, encode_prompt
+from fromzero.devices import look_at_machine
+from fromzero.errors import DataError, ModelError
+from fromzero.models import FAMILIES
+from fromzero.models.generate import context_of, generate
+from fromzero.runner.start import Start, build_published, find_start
+
+BROKEN = "\ufffd"  # what a tokenizer shows for the bytes of a character that is not whole
+NEAR = 8  # tokens of a prompt that stand before the first one made, which may begin with a space only because of them
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model with what is needed to let it speak. framed: ids before a raw text; chat: its template, if any; stops: ids that end."""
+
+    name: str
+    model: nn.Module
+    tokenizer: str
+    framed: tuple[int, ...]
+    chat: ChatFormat | None
+    stops: frozenset[int]
+
+    @property
+    def context(self) -> float:
+        return context_of(self.model)
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a raw text, as the model goes on from it."""
+        return [*self.framed, *tk.encode(self.tokenizer, [text], special=False)[0]]
+
+    def encode_turns(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The ids of messages through the model's own template, up to where it answers.  raises: ModelError where it has none"""
+        if self.chat is None:
+            why, mend = "it knows no turns of a conversation", f"fromzero generate {self.name} --prompt TEXT goes on with text"
+            raise ModelError(f"'{self.name}' has no chat template", why=why, mend=mend)
+        return encode_prompt(self.chat, messages)
+
+
+def open_speaker(source: str, runs: Path) -> Speaker:
+    """`run:NAME`, a folder, a file or any published source → a model that can speak, on the machine's device.
+
+    raises: ModelError for a model that does not go on with text or has no tokenizer, SourceError where it is not there
+    """
+    start = find_start(source, (Path(),), runs)
+    if start.saved is not None:
+        _refuse(start.saved.task in ("classify", "regress"), source, f"was trained to {start.saved.task}")
+        inputs = start.saved.preparation.inputs
+        assert isinstance(inputs, (TextFormat, ChatFormat))
+        tokenizer, framed, model = inputs.tokenizer, isinstance(inputs, TextFormat) and inputs.special, start.saved.load()
+    else:
+        if start.published is None:
+            raise ModelError(f"'{source}' has no weights", mend="train it first, or name a published model")
+        family = FAMILIES.get(str(start.config.get("model_type")))
+        _refuse(family is not None and not family.speaks, source, "reads its input whole")
+        if start.published.tokenizer is None:
+            why = str(start.published.extras.get("no tokenizer", "there is no tokenizer.json"))
+            raise ModelError("has no tokenizer, so that no text becomes tokens", why=why, file=start.published.origin)
+        inputs, tokenizer, framed = None, start.published.tokenizer, True
+        model = build_published(start.published, {}, per_token=True)[0].eval()
+    chat = inputs if isinstance(inputs, ChatFormat) else _chat_format(start, tokenizer)
+    stops = _ends(start, tokenizer).union(() if chat is None else chat.stops)
+    before = tuple(tk.frame(tokenizer)[0]) if framed else ()
+    return Speaker(source, model.to(look_at_machine().device), tokenizer, before, chat, stops)
+
+
+def _refuse(wrong: bool, source: str, why: str) -> None:
+    if wrong:
+        raise ModelError(f"'{source}' does not go on with text", why=f"it {why}", mend=f"fromzero predict {source} INPUT")
+
+
+def _ends(start: Start, tokenizer: str) -> frozenset[int]:
+    """The ids that end a text: as the settings of generation and config.json number them, or the special tokens name them."""
+    came = start.accompanying
+    numbered = [card.get("eos_token_id") for card in (came.get("generation", {}), start.config)]
+    named = tk.encode(tokenizer, [str(came.get("special", {}).get("eos_token") or tk.END), tk.END], special=False)
+    ids = [token for said in numbered for token in (said if isinstance(said, list) else [said])]
+    return frozenset(token for token in (*ids, *(one[0] for one in named if len(one) == 1)) if type(token) is int)
+
+
+def _chat_format(start: Start, tokenizer: str) -> ChatFormat | None:
+    """The published template. What ends an answer there is seen in one: no card of the model need say it."""
+    template, special = (start.accompanying.get(key) for key in ("chat_template", "special"))
+    if not template:
+        return None
+    texts = {name: text for name, text in (special or {}).items() if name.endswith("_token") and isinstance(text, str)}
+    form = ChatFormat(tokenizer, template, texts, tuple(_ends(start, tokenizer)))
+    try:
+        [seen] = encode_conversations(form, [Conversation(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), "")])
+    except DataError:  # a template that cannot be trained with may still be spoken through
+        return form
+    last = [token for token, said in zip(seen.ids, seen.trained, strict=True) if said][-1:] if isinstance(seen, Encoded) else []
+    return ChatFormat(tokenizer, template, texts, (*form.stops, *last))
+
+
+@dataclass
+class Speech:
+    """Text as it is made: iterate once. Afterwards `ids` are the tokens, and `stopped` says why there are no more.
+
+    prompt:   the ids that it goes on from;  near: those whose text it stands beside
+    most:     tokens at most
+    dropped:  messages of the conversation that had no room in the context
+    """
+
+    speaker: Speaker
+    prompt: list[int]
+    near: list[int]
+    most: int
+    drawn: Mapping[str, Any]
+    dropped: int = 0
+    ids: list[int] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[str]:
+        made = generate(self.speaker.model, self.prompt, most=self.most, stops=self.speaker.stops, **self.drawn)
+        return as_text(self.speaker.tokenizer, self._noted(made), self.near)
+
+    def _noted(self, made: Iterator[int]) -> Iterator[int]:
+        for token in made:
+            self.ids.append(token)
+            yield token
+
+    @property
+    def stopped(self) -> str:
+        """stop: it ended by itself; length: `most` were made; context: the model reads no more"""
+        full = len(self.prompt) + len(self.ids) >= self.speaker.context
+        return "length" if len(self.ids) >= self.most else "context" if full else "stop"
+
+
+def as_text(tokenizer: str, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """The text of ids as they come, in whole characters: what is not whole waits for the next, and at the end is left out.
+
+    before: ids whose text stands before and is not given
+    """
+    window, said = list(before), tk.decode(tokenizer, before)
+    fresh: list[int] = []
+    text = said
+    for token in ids:
+        fresh.append(token)
+        text = tk.decode(tokenizer, [*window, *fresh])
+        if not text.endswith(BROKEN) and len(text) > len(said):
+            yield text[len(said) :]
+            window, fresh = fresh, []  # they stay as what stands before: a token by itself may be written otherwise
+            text = said = tk.decode(tokenizer, window)
+    if rest := text[len(said) :].rstrip(BROKEN):
+        yield rest
+
+
+def complete(speaker: Speaker, prompt: str, *, max_tokens: int = 256, **drawn: Any) -> Speech:
+    """The model goes on with raw text.
+
+    drawn:   temperature, top_k, top_p, seed: see models.generate
+    raises:  ModelError where the prompt leaves no room in the model's context
+    """
+    ids = _with_room(speaker, speaker.encode(prompt), "the prompt")
+    return Speech(speaker, ids, ids[-NEAR:], max_tokens, drawn)
+
+
+def converse(
+    speaker: Speaker, messages: Sequence[Mapping[str, Any]], *, max_tokens: int = 1024, whole: bool = False, **drawn: Any
+) -> Speech:
+    """The model's answer to a conversation. The oldest turns that leave it no room are left out, a first system message is not.
+
+    whole:   nothing is left out; it is refused where it is too long
+    drawn:   temperature, top_k, top_p, seed: see models.generate
+    raises:  ModelError without a chat template, or where it is too long; DataError where the template refuses the messages
+    """
+    begin = int(bool(messages) and messages[0].get("role") == "system")
+    room = min(max_tokens, speaker.context // 4)  # what an answer should have at least
+    starts = [i for i, message in enumerate(messages) if i > begin and message.get("role") == "user"]
+    for first in [begin, *starts]:
+        ids = speaker.encode_turns([*messages[:begin], *messages[first:]])
+        if whole or len(ids) + room <= speaker.context:
+            break
+    return Speech(speaker, _with_room(speaker, ids, "the conversation"), [], max_tokens, drawn, dropped=first - begin)
+
+
+def _with_room(speaker: Speaker, ids: list[int], what: str) -> list[int]:
+    if len(ids) >= speaker.context:
+        raise ModelError(f"{what} has {len(ids)} tokens, the model reads {speaker.context}", mend="shorten it")
+    return ids
