@@ -318,7 +318,7 @@ def evaluate(
 
         if data is None:
             raise UserError("there are no questions", mend="name a JSON-lines file of them")
-        return score(open_speaker(source, Path(runs)), Path(data), task)
+        return score(open_speaker(source, Path(runs)), str(data), task)
     from fromzero.runner.assemble import make_judge
     from fromzero.runner.folder import find_run
     from fromzero.runner.saved import find_model, read_model

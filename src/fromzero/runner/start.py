@@ -73,8 +73,7 @@ class Start:
     @property
     def stops(self) -> tuple[int, ...]:
         """The ids after which the model has nothing more to say"""
-        config = self.published.config if self.published is not None else {}
-        ends = self.accompanying.get("generation", {}).get("eos_token_id", config.get("eos_token_id"))
+        ends = self.accompanying.get("generation", {}).get("eos_token_id", self.config.get("eos_token_id"))
         return tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,)
 
     @property

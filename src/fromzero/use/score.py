@@ -5,11 +5,11 @@ Dims: N tokens end to end, R tokens of all choices, V vocabulary.
 
 from __future__ import annotations
 
-import json
 import re
 import sys
 import time
 from collections.abc import Callable, Mapping
+from itertools import accumulate
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -17,49 +17,39 @@ from typing import Any
 import torch
 
 import fromzero.data.tokens as tk
-from fromzero.data.table import read_text
+from fromzero.data.opening import find_path
+from fromzero.data.table import read_objects, refuse
 from fromzero.errors import DataError, Fault, UserError, did_you_mean
 from fromzero.models.generate import scores_at
 from fromzero.use.speak import Speaker, complete, converse
 
+FIGURES = ("accuracy", "accuracy_norm", "exact", "contains")
 EVERY = 10.0  # seconds between two lines of progress
 Question = dict[str, Any]
 
 
-def score(speaker: Speaker, path: Path, task: str) -> dict[str, Any]:
+def score(speaker: Speaker, source: str, task: str) -> dict[str, Any]:
     """task: choice, the likeliest of several texts after the question; exact, the greedy answer compared with what is right
 
+    source:   a file of questions, one an object
     returns:  the means of what each question measured, and the questions as `rows`
     raises:   UserError for another task, DataError listing every line that is no question
     """
     if task not in TASKS:
         raise UserError(f"--task {task} is not known", mend=did_you_mean(task, TASKS) or " or ".join(TASKS))
     fault, measure = TASKS[task]
-    questions, rows, told = _read(path, fault), [], time.monotonic()
-    for question in questions:
-        rows.append({**question, **measure(speaker, question)})
+    questions, faults = read_objects(find_path(source, (Path(),)))
+    said = [(line, fault(question) if _is_text(question.get("question")) else "has no question") for line, question in questions]
+    refuse([*faults, *(Fault(wrong, file=source, line=line) for line, wrong in said if wrong)])
+    rows: list[Question] = []
+    told = time.monotonic()
+    for line, question in questions:
+        rows.append({"line": line, **question, **measure(speaker, question)})
         if time.monotonic() - told > EVERY:
             told = time.monotonic()
             print(f"{len(rows)} of {len(questions)} questions", file=sys.stderr, flush=True)
-    means = {name: fmean(row[name] for row in rows) for name in rows[0] if isinstance(rows[0][name], bool)}
-    return {"model": speaker.name, "data": str(path), "task": task, "questions": len(rows), **means, "rows": rows}
-
-
-def _read(path: Path, fault: Callable[[Mapping[str, Any]], str]) -> list[Question]:
-    """Each line of the file that is not empty, with its number as `line`."""
-    found, faults = [], []
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if line.strip():
-            try:
-                question = json.loads(line)
-                wrong = fault(question) if isinstance(question, dict) and _is_text(question.get("question")) else "has no question"
-            except ValueError as error:
-                question, wrong = {}, f"is no JSON ({error})"
-            faults += [Fault(wrong, file=str(path), line=number)] if wrong else []
-            found.append({"line": number, **question} if isinstance(question, dict) else {})
-    if faults or not found:
-        raise DataError(faults or "holds no questions", file=str(path), mend='a line is {"question": …, "answer": …}')
-    return found
+    means = {name: fmean(row[name] for row in rows) for name in FIGURES if name in rows[0]}
+    return {"model": speaker.name, "data": source, "task": task, "questions": len(rows), **means, "rows": rows}
 
 
 def _is_text(value: Any) -> bool:
@@ -89,14 +79,11 @@ def _choose(speaker: Speaker, question: Question) -> dict[str, Any]:
         whole = [speaker.encode(asked + space + choice) for choice in choices]
         starts = [max(1, _shared(prompt, ids)) for ids in whole]  # a token may hold the end of the question and a choice's begin
     if max(map(len, whole)) > speaker.context:
-        said = f"the question of line {question['line']} has {max(map(len, whole))} tokens with a choice"
+        said = f"'{asked[:60]} …' has {max(map(len, whole))} tokens with a choice"
         raise DataError(said, why=f"the model reads {speaker.context}", mend="shorten it")
-    rows: list[int] = []
-    begin = 0
-    for ids, start in zip(whole, starts, strict=True):
-        rows += range(begin + start - 1, begin + len(ids) - 1)
-        begin += len(ids)
     sizes = [len(ids) - start for ids, start in zip(whole, starts, strict=True)]
+    ends = accumulate(map(len, whole))
+    rows = [end - 1 - left for end, size in zip(ends, sizes, strict=True) for left in range(size, 0, -1)]  # (R,) before each of a choice
     targets = torch.tensor([token for ids, start in zip(whole, starts, strict=True) for token in ids[start:]])  # (R,)
     nats = scores_at(speaker.model, whole, rows).double().cpu().log_softmax(dim=1)[torch.arange(len(targets)), targets]
     logs = [float(part.sum()) for part in nats.split(sizes)]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 import fromzero.data.tokens as tk
-from fromzero.data import TextFormat
-from fromzero.data.turns import ChatFormat, Conversation, Encoded, encode_conversations, encode_prompt
+from fromzero.data import ChatFormat, TextFormat
+from fromzero.data.turns import Conversation, Encoded, encode_conversations, encode_prompt
 from fromzero.devices import look_at_machine
 from fromzero.errors import DataError, ModelError
 from fromzero.models import FAMILIES
@@ -54,26 +54,26 @@ def open_speaker(source: str, runs: Path) -> Speaker:
 
     raises: ModelError for a model that does not go on with text or has no tokenizer, SourceError where it is not there
     """
-    start = find_start(source, (Path(),), runs)
+    start, inputs = find_start(source, (Path(),), runs), None
     if start.saved is not None:
         _refuse(start.saved.task in ("classify", "regress"), source, f"was trained to {start.saved.task}")
-        inputs = start.saved.preparation.inputs
-        assert isinstance(inputs, (TextFormat, ChatFormat))
-        tokenizer, framed, model = inputs.tokenizer, isinstance(inputs, TextFormat) and inputs.special, start.saved.load()
+        inputs, model = start.saved.preparation.inputs, start.saved.load()
     else:
         if start.published is None:
             raise ModelError(f"'{source}' has no weights", mend="train it first, or name a published model")
         family = FAMILIES.get(str(start.config.get("model_type")))
         _refuse(family is not None and not family.speaks, source, "reads its input whole")
-        if start.published.tokenizer is None:
+        if start.tokenizer is None:
             why = str(start.published.extras.get("no tokenizer", "there is no tokenizer.json"))
             raise ModelError("has no tokenizer, so that no text becomes tokens", why=why, file=start.published.origin)
-        inputs, tokenizer, framed = None, start.published.tokenizer, True
         model = build_published(start.published, {}, per_token=True)[0].eval()
-    chat = inputs if isinstance(inputs, ChatFormat) else _chat_format(start, tokenizer)
-    stops = _ends(start, tokenizer).union(() if chat is None else chat.stops)
+    tokenizer = start.tokenizer
+    assert tokenizer is not None
+    chat = ChatFormat(tokenizer, start.template, start.special, start.stops) if start.template else None
+    chat = inputs if isinstance(inputs, ChatFormat) else chat
+    framed = inputs.special if isinstance(inputs, TextFormat) else True
     before = tuple(tk.frame(tokenizer)[0]) if framed else ()
-    return Speaker(source, model.to(look_at_machine().device), tokenizer, before, chat, stops)
+    return Speaker(source, model.to(look_at_machine().device), tokenizer, before, chat, _ends(start, tokenizer, chat))
 
 
 def _refuse(wrong: bool, source: str, why: str) -> None:
@@ -81,28 +81,20 @@ def _refuse(wrong: bool, source: str, why: str) -> None:
         raise ModelError(f"'{source}' does not go on with text", why=f"it {why}", mend=f"fromzero predict {source} INPUT")
 
 
-def _ends(start: Start, tokenizer: str) -> frozenset[int]:
-    """The ids that end a text: as the settings of generation and config.json number them, or the special tokens name them."""
-    came = start.accompanying
-    numbered = [card.get("eos_token_id") for card in (came.get("generation", {}), start.config)]
-    named = tk.encode(tokenizer, [str(came.get("special", {}).get("eos_token") or tk.END), tk.END], special=False)
-    ids = [token for said in numbered for token in (said if isinstance(said, list) else [said])]
-    return frozenset(token for token in (*ids, *(one[0] for one in named if len(one) == 1)) if type(token) is int)
-
-
-def _chat_format(start: Start, tokenizer: str) -> ChatFormat | None:
-    """The published template. What ends an answer there is seen in one: no card of the model need say it."""
-    template, special = (start.accompanying.get(key) for key in ("chat_template", "special"))
-    if not template:
-        return None
-    texts = {name: text for name, text in (special or {}).items() if name.endswith("_token") and isinstance(text, str)}
-    form = ChatFormat(tokenizer, template, texts, tuple(_ends(start, tokenizer)))
-    try:
-        [seen] = encode_conversations(form, [Conversation(({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}), "")])
-    except DataError:  # a template that cannot be trained with may still be spoken through
-        return form
-    last = [token for token, said in zip(seen.ids, seen.trained, strict=True) if said][-1:] if isinstance(seen, Encoded) else []
-    return ChatFormat(tokenizer, template, texts, (*form.stops, *last))
+def _ends(start: Start, tokenizer: str, chat: ChatFormat | None) -> frozenset[int]:
+    """The ids that end a text: what the cards of the model say, and what its template writes, of which they may say nothing."""
+    named = tk.encode(tokenizer, [start.special.get("eos_token", tk.END), tk.END], special=False)
+    ids = {*start.stops, *(one[0] for one in named if len(one) == 1)}
+    if chat is not None:
+        ids |= {*chat.stops}
+        said = ({"role": "user", "content": "a"}, {"role": "assistant", "content": "b"})
+        try:
+            seen: object = encode_conversations(replace(chat, stops=tuple(ids)), [Conversation(said, "")])[0]
+        except DataError:  # a template that nothing can be trained with may still be spoken through
+            seen = None
+        if isinstance(seen, Encoded):
+            ids.add([token for token, trained in zip(seen.ids, seen.trained, strict=True) if trained][-1])
+    return frozenset(ids)
 
 
 @dataclass
