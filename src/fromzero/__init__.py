@@ -248,10 +248,13 @@ def _section(value: Any, short: str) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {short: value}
 
 
-def load(source: str, *, runs: str | Path = "runs", model: Any = None, per_token: bool | None = None, **options: Any) -> nn.Module:
+def load(
+    source: str, *, runs: str | Path = "runs", model: Any = None, merge: bool = False, per_token: bool | None = None, **options: Any
+) -> nn.Module:
     """`run:NAME`, a run's folder, a short name or any published source → its nn.Module with its weights, in eval mode.
 
     model:      a fresh module, where the run's was given from Python and cannot be rebuilt
+    merge:      put plain Linears in the place of a run's adapters; refused where they would not compute the same
     per_token:  published text models: True for the scores of the next token, False for one row a document; by its kind if left out
     options:    of a published model, such as pooling
     """
@@ -259,7 +262,7 @@ def load(source: str, *, runs: str | Path = "runs", model: Any = None, per_token
 
     start = find_start(source, (Path(),), Path(runs))
     if start.saved is not None:
-        return start.saved.load(model)
+        return start.saved.load(model, merge=merge)
     if start.published is None:
         raise ModelError(f"'{source}' has no weights to load", mend="train it first, or name a published model")
     return build_published(start.published, options, per_token=per_token)[0].eval()

@@ -121,7 +121,10 @@ def test_a_loss_or_a_gradient_that_is_no_number_stops_before_the_weights_move(tm
                 hidden = hidden + (hidden * 0).abs().sqrt()  # its value is 0, its slope infinite
             return self.second(hidden.nan_to_num(nan=float("nan"), posinf=float("inf"), neginf=float("-inf")))
 
-    for bad, said in (("loss", r"the first layer that gives no finite number is second"), ("gradient", r"the first is that of first\.weight")):
+    for bad, said in (
+        ("loss", r"the first layer that gives no finite number is second"),
+        ("gradient", r"the first is that of first\.weight"),
+    ):
         with pytest.raises(fz.NumbersError, match=said) as error:
             fz.train(name=bad, model=Net(bad), data=(x, y), batch=8, epochs=30, optimizer={"lr": 1e-3}, runs=tmp_path, quiet=True)
         assert "training examples [" in str(error.value) and "the weights are those of step" in str(error.value)
