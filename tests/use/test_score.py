@@ -71,10 +71,14 @@ def test_without_a_template_choices_follow_the_raw_question(speaker: Speaker, tm
             assert ours == pytest.approx(by_hand(raw, prompt, whole[len(prompt) :]), abs=1e-4)
 
 
-def test_a_choice_whose_token_reaches_into_the_question_is_weighed_with_it() -> None:
-    assert scoring._shared([1, 2, 3], [1, 2, 9, 4]) == 2
-    assert scoring._shared([1, 2, 3], [1, 2, 3, 4]) == 3
-    assert scoring._shared([1, 2, 3], [1, 2, 3]) == 2, "something is always weighed"
+def test_a_choice_whose_first_token_reaches_into_the_question_is_weighed_with_that_token(speaker: Speaker, tmp_path: Path) -> None:
+    raw = Speaker("raw", speaker.model, speaker.tokenizer, (), None, speaker.stops)
+    asked, whole = raw.encode("What is the "), raw.encode("What is the capital")
+    shared = len(asked) - 1
+    assert whole[:shared] == asked[:shared] and whole[shared] != asked[shared], "the space belongs to the word"
+    question = {"question": "What is the ", "choices": ["capital", "zq"], "answer": 0}
+    (row,) = score(raw, written(tmp_path / "q.jsonl", question), "choice")["rows"]
+    assert row["logprobs"][0] == pytest.approx(by_hand(raw, whole[:shared], whole[shared:]), abs=1e-4)
 
 
 def test_an_exact_answer_may_differ_in_case_punctuation_and_space_and_contain_more(speaker: Speaker, tmp_path: Path) -> None:

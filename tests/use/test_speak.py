@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,27 @@ def test_runs_of_raw_text_go_on_with_it_and_others_name_the_command_that_they_ar
         fz.generate(str(tmp_path / "bert"), "a")
     with pytest.raises(fz.ModelError, match="'decoder' has no weights; train it first, or name a published model"):
         fz.generate("decoder", "a")
+
+
+def test_a_run_of_conversations_is_talked_to_in_the_template_that_it_was_trained_with(talker: Path, tmp_path: Path) -> None:
+    said = [turns("Who are you?", "I am small."), turns(SKY, BLUE)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({"messages": one}) + "\n" for one in said))
+    recipe = {"name": "c", "task": "chat", "model": str(talker), "data": {"train": str(tmp_path / "c.jsonl"), "hold_out": 0}, "steps": 30}
+    recipe |= {"optimizer": {"lr": 3e-3}, "report": (), "limits": {"threads": 1}}
+    fz.run(fz.plan(recipe, runs=tmp_path / "runs", probe=False), quiet=True)
+    assert fz.chat("run:c", said[0][:1], runs=tmp_path / "runs") == "I am small."
+    speech = converse(open_speaker(str(tmp_path / "runs" / "c" / "model"), tmp_path / "runs"), said[0][:1])
+    assert "".join(speech) == "I am small." and speech.stopped == "stop"
+
+
+def test_a_template_that_nothing_can_be_trained_with_is_still_spoken_through(talker: Path, tmp_path: Path) -> None:
+    shutil.copytree(talker, tmp_path / "open")
+    card = tmp_path / "open" / "tokenizer_config.json"
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "chat_template": plain}))
+    speaker = open_speaker(str(tmp_path / "open"), tmp_path)
+    assert tk.decode(speaker.tokenizer, list(speaker.stops)) == tk.END
+    assert tk.decode(speaker.tokenizer, speaker.encode_turns(turns(SKY))) == f"user: {SKY}\n"
 
 
 def command(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: str, cwd: Path, kind: type[io.StringIO] = io.StringIO) -> Done:

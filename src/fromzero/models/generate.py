@@ -45,30 +45,21 @@ def generate(
             raise UserError(f"{name} is {value}", mend=f"it is {asked}")
     if not ids:
         raise UserError("there is nothing to go on with", mend="give a prompt of at least one token")
-    return _go_on(model, list(ids), most, stops, temperature, top_k, top_p, seed)
 
+    def go_on() -> Iterator[int]:
+        whole, generator = list(ids), torch.Generator()
+        generator.seed() if seed is None else generator.manual_seed(seed)
+        cache, unread = Cache() if isinstance(model, Decoder) else None, whole
+        for _ in range(int(min(most, context_of(model) - len(whole)))):
+            scores = scores_at(model, [unread], [-1], cache)[0].double().cpu()  # waits for the device
+            token = draw(scores, temperature, top_k, top_p, generator)
+            if token in stops:
+                return
+            yield token
+            whole.append(token)
+            unread = whole if cache is None else [token]
 
-def _go_on(
-    model: nn.Module,
-    whole: list[int],
-    most: int,
-    stops: Collection[int],
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    seed: int | None,
-) -> Iterator[int]:
-    generator = torch.Generator()
-    generator.seed() if seed is None else generator.manual_seed(seed)
-    cache, unread = Cache() if isinstance(model, Decoder) else None, whole
-    for _ in range(int(min(most, context_of(model) - len(whole)))):
-        scores = scores_at(model, [unread], [-1], cache)[0].double().cpu()  # waits for the device
-        token = draw(scores, temperature, top_k, top_p, generator)
-        if token in stops:
-            return
-        yield token
-        whole.append(token)
-        unread = whole if cache is None else [token]
+    return go_on()  # what is wrong above is said at once, not when the first token is asked for
 
 
 def context_of(model: nn.Module) -> float:
