@@ -94,7 +94,7 @@ def fromzero(folder: Path, watch: Steps, threads: int) -> None:
         "name": "bench",
         "task": "chat",
         "model": MODEL,
-        "adapter": {"name": "lora", "rank": RANK, "alpha": ALPHA, "targets": "all-linear"},
+        "adapter": {"name": "lora", "rank": RANK, "alpha": ALPHA, "targets": "all-linear", "start": str(folder / "adapter")},
         "data": {"train": str(folder / "conversations.jsonl"), "hold_out": 0},
         "optimizer": {"name": "adamw", "lr": LR, "weight_decay": 0.0},
         "batch": BATCH,
@@ -103,12 +103,7 @@ def fromzero(folder: Path, watch: Steps, threads: int) -> None:
         "limits": {"threads": threads, "device": "cpu"},
     }
     with tempfile.TemporaryDirectory() as runs:
-        fz.run(fz.plan(begin_with(recipe, folder / "adapter"), runs=runs), observers=[observe])
-
-
-def begin_with(recipe: dict[str, Any], adapter: Path) -> dict[str, Any]:
-    """The place where a run is told to begin with the A and B of a folder in PEFT's format, once recipes can say so."""
-    return recipe
+        fz.run(fz.plan(recipe, runs=runs), observers=[observe])
 
 
 def trainer(folder: Path, watch: Steps, threads: int) -> None:

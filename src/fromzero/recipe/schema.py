@@ -161,6 +161,7 @@ class Adapter(Section):
     base: Literal["full", "8bit", "4bit"] = Field(
         "full", description="how the frozen matrices are kept: full, 8bit or 4bit (lossy, smaller)"
     )
+    start: Annotated[str | None, NoneWord] = Field(None, description="a folder in PEFT's format, or run:NAME, whose matrices to begin with")
     train: tuple[str, ...] = Field(
         (), description="globs of parameters that learn whole beside the adapters, such as embedding.tokens.weight"
     )

@@ -25,7 +25,7 @@ from fromzero.planner.facts import adapter_options
 from fromzero.planner.values import Plan
 from fromzero.recipe.schema import Given, OwnLoss, Recipe
 from fromzero.runner.judge import Judge
-from fromzero.runner.saved import Adapted, Design, SavedModel
+from fromzero.runner.saved import Adapted, Design, SavedModel, begin_with, find_model
 from fromzero.runner.start import Start, build_published, load_weights
 from fromzero.tuning import Frozen, add_adapters, choose_lowrank_path, freeze, new_head, tensors_digest
 
@@ -143,6 +143,8 @@ def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
     if recipe.adapter is not None:
         design = replace(design, adapted=_adapted(plan, place, model))
         add_adapters(model, plan.facts.adapted, **design.adapted.options, seed=recipe.seed)  # type: ignore[union-attr]
+        if recipe.adapter.start is not None:
+            begin_with(model, design, _folder_of(recipe.adapter.start, place))
         choose_lowrank_path(model, plan.lowrank)
     choose_path(model, plan.attention)
     freeze(model, frozen)
@@ -176,6 +178,10 @@ def _adapted(plan: Plan, place: Place, model: nn.Module) -> Adapted:
     options = adapter_options(plan.recipe.adapter)
     kept = {name: tensor for name, tensor in model.state_dict().items() if name not in learned}
     return Adapted(plan.facts.adapted, options, place.start.base, tensors_digest(kept), tuple(learned))
+
+
+def _folder_of(source: str, place: Place) -> Path:
+    return find_model(source, place.runs) if source.startswith("run:") else find_path(source, place.folders)
 
 
 def _accompanying(loaded: Loaded, place: Place) -> dict[str, Any]:

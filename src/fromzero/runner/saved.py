@@ -183,6 +183,20 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], *, file: str, fresh: S
             place.copy_(tensors[name])
 
 
+def begin_with(model: nn.Module, design: Design, folder: Path) -> None:
+    """Fill a model's adapters from a folder in PEFT's format.  raises: SourceError where they are of another kind or shape"""
+    assert design.adapted is not None
+    settings, low, extra = read_peft(folder)
+    asked = {key: design.adapted.options[key] for key in ("rank", "alpha", "rank_stabilised", "dora")}
+    other = [f"{key} {getattr(settings, key)}, not {value}" for key, value in asked.items() if getattr(settings, key) != value]
+    if other or extra:
+        what = f"holds adapters of {'; '.join(other)}" if other else f"holds whole tensors too ({', '.join(list(extra)[:3])})"
+        raise SourceError(what, mend="ask for the same in adapter", file=str(folder), key="adapter.start")
+    layers = design.adapted.layers
+    tensors = from_peft(low, settings, design.published_layers(layers), layers, file=str(folder))
+    fill(model, tensors, file=str(folder), fresh=[name for name in model.state_dict() if name not in tensors])
+
+
 def write_model(folder: Path, saved: SavedModel, kept: Mapping[str, Tensor], last: Mapping[str, Tensor] | None) -> None:
     """Write weights first and the description last, so that a description is never without its weights."""
     folder.mkdir(parents=True, exist_ok=True)
