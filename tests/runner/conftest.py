@@ -13,7 +13,25 @@ TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = ["red", "green", "blue", "stone", "river", "cloud", "seven", "eight", "nine", "quick", "slow", "bright", "the", "a", "of", "and", "to"]
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "stone",
+    "river",
+    "cloud",
+    "seven",
+    "eight",
+    "nine",
+    "quick",
+    "slow",
+    "bright",
+    "the",
+    "a",
+    "of",
+    "and",
+    "to",
+]
 
 
 @pytest.fixture

@@ -7,82 +7,12 @@ The long form is what the fields hold; the short forms that people write (`freez
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-
-@dataclass(frozen=True)
-class Given:
-    """A model, data set or function handed over from Python: a recipe holds it but cannot write it down."""
-
-    value: Any
-
-    def __str__(self) -> str:
-        return f"<given from Python: {type(self.value).__name__}>"
-
-
-def _none_is_a_word(value: Any) -> Any:
-    return None if value == "none" else value
-
-
-def _written(value: Any) -> Any:
-    return str(value) if isinstance(value, Given) else value
-
-
-def _opaque(value: Any) -> Any:
-    """Text stays text; anything that is not text was given from Python."""
-    if isinstance(value, Given) or value is None:
-        return value
-    if isinstance(value, str):
-        if not value.strip():
-            raise ValueError("is empty")
-        if value.startswith("<given from Python"):
-            raise ValueError("was given from Python in the run that wrote this; hand it over again with fz.train(...)")
-        return value
-    if _plain(value):
-        raise ValueError("is not a text: a name, a file or a source")
-    return Given(value)
-
-
-def _plain(value: Any) -> bool:
-    """Whether a recipe file could hold this value."""
-    if isinstance(value, Mapping):
-        return all(map(_plain, value.values()))
-    if isinstance(value, (list, tuple)):
-        return all(map(_plain, value))
-    return isinstance(value, (str, int, float, bool))
-
-
-NoneWord = BeforeValidator(_none_is_a_word)
-Source = Annotated[Any, BeforeValidator(_opaque), PlainSerializer(_written)]
-
-
-class Section(BaseModel):
-    """A frozen group of keys that refuses unknown ones."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
-
-
-def _short(key: str) -> Any:
-    """Let a section be written as one word or number, which then is the value of `key`."""
-
-    def lengthen(value: Any) -> Any:
-        if isinstance(value, (str, int, float, list, tuple)) and not isinstance(value, bool):
-            return {key: value}
-        return value
-
-    return BeforeValidator(lengthen)
-
+from fromzero.recipe.section import Given as Given
+from fromzero.recipe.section import NoneWord, Section, Source, short_for
 
 # ------------------------------------------------------------------------------------------- model
 
@@ -227,7 +157,7 @@ class Data(Section):
     input: ImageInput | tuple[str, ...] | None = Field(None, description="input columns (or npz arrays); for images {size: …, channels: …}")
     target: Annotated[str | None, NoneWord] = Field(None, description="column (or npz array) of the answer")
     classes: tuple[str, ...] | None = Field(None, description="keep only these classes, in this order")
-    limit: Annotated[Limit | None, _short("examples"), NoneWord] = Field(
+    limit: Annotated[Limit | None, short_for("examples"), NoneWord] = Field(
         None, description="a sample of the training examples fixed by the seed"
     )
     missing: dict[str, MissingPolicy] = Field(
@@ -455,14 +385,14 @@ class Recipe(Section):
     model: Model = Field(description="a catalogue name, FILE.py:CLASS, run:NAME, or {from: …, any option of that model}")
     head: Head = Field(Head(), description="keep | new (sized from the data)")
     freeze: Freeze = Field(Freeze(), description="none | body | {through: LAYER} | [globs of parameter names]")
-    adapter: Annotated[Adapter | None, _short("name"), NoneWord] = Field(None, description="none | lora | dora, with options")
+    adapter: Annotated[Adapter | None, short_for("name"), NoneWord] = Field(None, description="none | lora | dora, with options")
     data: Data = Field(description="a source, or a section")
     loss: Loss | None = Field(None, description="auto | cross_entropy | bce | mse | mae | huber | FILE.py:FUNCTION, with options")
     metrics: tuple[Literal["accuracy", "macro_f1", "r2", "rmse", "mae", "perplexity", "bits_per_byte", "token_accuracy"], ...] | None = (
         Field(None, description="auto, or a list")
     )
     optimizer: AnyOptimizer = Field(AdamW(), description="adamw | adam | sgd | rmsprop, with options")
-    schedule: Annotated[Schedule, _short("name")] = Field(
+    schedule: Annotated[Schedule, short_for("name")] = Field(
         Schedule(), description="constant | linear | cosine | step | one_cycle, with warmup"
     )
     batch: Annotated[int, Field(ge=1)] | Literal["all"] | BatchTokens = Field(
@@ -478,10 +408,10 @@ class Recipe(Section):
         "float32", description="float32 | float64 | bf16 | auto (bf16 where the device has it)"
     )
     seed: int = Field(0, ge=0, lt=2**63, description="first weights, split, order and dropout follow from it")
-    evaluate: Annotated[Evaluate, _short("every")] = Field(
+    evaluate: Annotated[Evaluate, short_for("every")] = Field(
         Evaluate(), description="when to measure on the validation data, and what to keep"
     )
-    save: Annotated[Save, _short("every")] = Field(Save(), description="when to write a checkpoint")
+    save: Annotated[Save, short_for("every")] = Field(Save(), description="when to write a checkpoint")
     limits: Limits = Field(Limits(), description="what the planner may use")
     trust: tuple[Literal["hub"], ...] = Field((), description="code that a source brings along and may run: none, or [hub]")
     report: tuple[Literal["console", "page", "tensorboard"], ...] = Field(
