@@ -127,17 +127,17 @@ def test_the_python_blocks_of_the_readme_run_as_written(tmp_path, monkeypatch, c
     assert fz.load("run:mine").head.out_features == 3
 
 
-def test_the_recipe_of_the_readme_is_a_recipe():
-    (piece,) = blocks(README, "yaml")
-    recipe = reading.check(reading.parse(piece.encode(), "README.md"))
-    assert recipe.head.new and recipe.freeze.through == "conv2"
+def test_the_recipes_of_the_readme_are_recipes():
+    frozen, chat = (reading.check(reading.parse(piece.encode(), "README.md")) for piece in blocks(README, "yaml"))
+    assert frozen.head.new and frozen.freeze.through == "conv2"
+    assert chat.adapter.rank == 8 and chat.data.too_long == "cut"
 
 
 def test_both_readmes_show_the_same_blocks():
     fence = r"^```.*?^```$"
     english = re.findall(fence, README, re.DOTALL | re.MULTILINE)
     assert re.findall(fence, CHINESE, re.DOTALL | re.MULTILINE) == english
-    assert len(english) == 10
+    assert len(english) == 13
 
 
 def test_every_public_name_that_a_page_writes_exists():
