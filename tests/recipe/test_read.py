@@ -35,7 +35,10 @@ def test_every_fault_of_a_recipe_comes_at_once_with_its_line(tmp_path: Path) -> 
     text = "task: clasify\nmodel: mlp\nmodl: mlp\ndata:\n  train: a.csv\n  hold_ot: 0.1\noptimizer: {name: sdg}\nepochs: -1\nbatch: al\n"
     found = faults(tmp_path, text)
     assert len(found) == 6
-    assert "recipe.yaml:1 task: 'clasify' is not 'classify', 'regress' or 'language'" in found[0] and "did you mean 'classify'?" in found[0]
+    assert (
+        "recipe.yaml:1 task: 'clasify' is not 'classify', 'regress', 'language' or 'chat'" in found[0]
+        and "did you mean 'classify'?" in found[0]
+    )
     assert any(f.startswith("recipe.yaml:3 modl: is no key") and "did you mean 'model'?" in f for f in found)
     assert any(f.startswith("recipe.yaml:6 data.hold_ot:") and "did you mean 'data.hold_out'?" in f for f in found)
     assert any(f.startswith("recipe.yaml:7 optimizer: 'sdg' is none of") and "did you mean 'sgd'?" in f for f in found)
