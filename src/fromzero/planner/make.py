@@ -49,18 +49,8 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         else Choice("micro_batch", f"{pieces} tokens", f"of at most {_worst(recipe, facts, batch)} a step; one division"),
         *([Choice("scores", f"{rows} rows", "of trained tokens at once; all scores of a batch are never in memory")] if rows else []),
     )
-    found = [*trouble, *findings(recipe, facts)]
-    if not trainable:
-        found.insert(
-            0,
-            Finding(
-                "error",
-                "nothing-trains",
-                "every parameter is frozen" if facts.model.parameters else "the model has no parameters",
-                "no step could change anything",
-                "leave the head free, or set freeze: none" if facts.model.parameters else "give it layers that learn",
-            ),
-        )
+    found = [*([] if trainable else [_nothing_trains(facts)]), *trouble, *findings(recipe, facts)]
+    plain = micro >= batch and pieces is None and rows is None and lowrank != "merged"
     return Plan(
         recipe=recipe,
         facts=facts,
@@ -78,11 +68,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         evaluate_every=every,
-        grade="precision"
-        if precision == "bf16"
-        else "bitwise"
-        if micro >= batch and pieces is None and rows is None and lowrank != "merged"
-        else "reordered",
+        grade="precision" if precision == "bf16" else "bitwise" if plain else "reordered",
         choices=choices,
         trains=trains,
         trainable_parameters=trainable,
@@ -90,6 +76,13 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         predicted_seconds=run_seconds(facts, steps, batch, evaluations),
         predicted_peak_bytes=facts.measured.peak_bytes if facts.measured else None,
     )
+
+
+def _nothing_trains(facts: Facts) -> Finding:
+    what, mend = "the model has no parameters", "give it layers that learn"
+    if facts.model.parameters:
+        what, mend = "every parameter is frozen", "leave the head free, or set freeze: none"
+    return Finding("error", "nothing-trains", what, "no step could change anything", mend)
 
 
 def refuse(plan: Plan) -> Plan:
