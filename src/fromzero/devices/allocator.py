@@ -8,6 +8,7 @@ source: mallopt(3), M_MMAP_THRESHOLD and M_TRIM_THRESHOLD
 from __future__ import annotations
 
 import ctypes
+import gc
 import platform
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -26,3 +27,10 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, _LARGEST_MMAP_THRESHOLD)
         libc.mallopt(_TRIM_THRESHOLD, _TRIM_NEVER)
+
+
+def give_back_memory() -> None:
+    """Collect what circles hold, and hand what is free back to the system: models that were looked at are large."""
+    gc.collect()
+    if has_glibc():
+        ctypes.CDLL(None).malloc_trim(0)

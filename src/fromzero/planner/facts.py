@@ -13,7 +13,7 @@ from torch import nn
 from fromzero.data import ChatAsked, ImageFormat, Inputs, Loaded, Request, TextAsked, TextExamples, load, load_chat, load_corpus
 from fromzero.data.opening import find_path
 from fromzero.data.table import read_text
-from fromzero.devices import look_at_machine
+from fromzero.devices import give_back_memory, look_at_machine
 from fromzero.errors import DataError, ModelError
 from fromzero.models import ModelFacts, inspect_model
 from fromzero.planner.values import Facts
@@ -21,6 +21,7 @@ from fromzero.recipe.schema import Adapter, Given, ImageInput, Recipe
 from fromzero.tuning import Frozen, add_adapters, choose_targets, find_frozen, frozen_beside, new_head
 
 PIECE = 256  # tokens of a piece of a corpus, where neither the recipe nor the model says
+LARGE = 2**26  # bytes of a model whose copy is worth collecting at once
 INSPECTED = 256  # tokens of a document that are run through the model to see what it keeps in memory
 Built = tuple[nn.Module, Mapping[str, tuple[int, ...]]]  # the model, and the rows of the parts of its joined matrices
 BuildModel = Callable[[Recipe, Loaded], Built]  # as the recipe's source gives it, before head, adapters and freeze
@@ -61,10 +62,10 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: R
     _refuse_unknown_tokens(model, loaded, name)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     two = tuple(t.to(dtype) if t.is_floating_point() else t for t in inputs)
-    seen = inspect_model(model, two, name, rows=len(targets))
+    seen = _looked_at(model, two, name, len(targets))
     if recipe.head.new:
         model = new_head(model, recipe.head.layer or seen.head, loaded.facts.outputs, linears=seen.linears)
-        seen = inspect_model(model, two, name, rows=len(targets))
+        seen = _looked_at(model, two, name, len(targets))
     layers = {layer.name: tuple(layer.tensors) for layer in seen.layers}
     freeze = recipe.freeze
     head = recipe.head.layer or seen.head
@@ -72,7 +73,7 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: R
     if recipe.adapter is not None:
         adapted = _adapted(recipe.adapter, model, seen, joined)
         model = add_adapters(model, adapted, **adapter_options(recipe.adapter), seed=recipe.seed)
-        seen = inspect_model(model, two, name, rows=len(targets))
+        seen = _looked_at(model, two, name, len(targets))
         layers = {layer.name: tuple(layer.tensors) for layer in seen.layers}
         still = frozen_beside(model, layers, learn=recipe.adapter.train, head=head if recipe.head.new else None)
     else:
@@ -93,6 +94,13 @@ def adapter_options(asked: Adapter) -> dict[str, Any]:
         "dropout": asked.dropout,
         "base": asked.base,
     }
+
+
+def _looked_at(model: nn.Module, inputs: Inputs, name: str, rows: int) -> ModelFacts:
+    seen = inspect_model(model, inputs, name, rows=rows)
+    if seen.parameter_bytes > LARGE:
+        give_back_memory()
+    return seen
 
 
 def _adapted(asked: Adapter, model: nn.Module, seen: ModelFacts, joined: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

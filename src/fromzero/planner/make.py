@@ -16,7 +16,7 @@ from fromzero.report.summary import format_bytes
 _WIDTH = {"float32": 4, "float64": 8, "bf16": 4}  # bytes of a master weight
 PATH_ERROR = 1e-4  # relative; float32 sums in another order stay far below
 SCORE_BYTES = 2**26  # of scores over a vocabulary at once: rows enough for full speed, and never a whole batch of a large vocabulary
-PIECE_TOKENS = 2048  # at once, where adapters learn: larger pieces take more memory and are no faster
+PIECE_TOKENS = 768  # at once, where adapters learn: larger pieces take more memory and were no faster on a CPU
 _SHARE = 0.8  # of the free memory
 
 

@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 
 from fromzero.data import Loaded, TextExamples
-from fromzero.devices import keep_freed_memory, peak_memory
+from fromzero.devices import give_back_memory, keep_freed_memory, peak_memory
 from fromzero.models import choose_path
+from fromzero.planner.facts import LARGE
 from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.loop import clip, pieces, set_learning_rate
@@ -39,13 +40,16 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         set_training(job.model, job.frozen)
         losses, seconds, silent = _steps(job, index)
         evaluate_seconds = _evaluation(job, index)
-        errors = _path_errors(job)
+        errors, peak = _path_errors(job), peak_memory()
+        del job
+        if plan.facts.model.parameter_bytes > LARGE:
+            give_back_memory()
     return Measured(
         step_seconds=statistics.median(seconds),
         evaluate_seconds=evaluate_seconds,
         losses=tuple(losses[:LEAST_STEPS]),
         silent=silent,
-        peak_bytes=peak_memory(),
+        peak_bytes=peak,
         batch=len(index),
         path_errors=errors,
     )
