@@ -35,11 +35,13 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fromzero.data import Loaded
+    from fromzero.planner.facts import Reader
     from fromzero.planner.values import Plan
     from fromzero.recipe.schema import SGD, Adam, AdamW, Recipe, RMSProp
     from fromzero.report.events import Event
     from fromzero.runner.assemble import Place
     from fromzero.runner.execute import Outcome
+    from fromzero.runner.start import Start
     from fromzero.use.predict import Predictions
 
 __version__ = "0.1.0"
@@ -138,7 +140,18 @@ def plan(
     folders = tuple(dict.fromkeys([beside or Path(), Path()]))
     start = find_start(recipe.model.source, folders, Path(runs), fresh=recipe.model.weights == "none")
     place = Place(folders, Path(runs), start)
-    reader = facts_room.Reader(
+    seen = facts_room.look(recipe, folders, lambda asked, loaded: inspected_model(asked, loaded, place), _reader(start, recipe))
+    made = make(recipe, seen.facts)
+    if probe and not any(finding.severity == "error" for finding in made.findings):
+        made = make(recipe, seen.facts.with_measured(take_trial_steps(made, seen.loaded, place)))
+    return Planned(made, seen.loaded, place)
+
+
+def _reader(start: Start, recipe: Recipe) -> Reader:
+    """What the start says of text, as the planner asks for it."""
+    from fromzero.planner.facts import Reader
+
+    return Reader(
         start.tokenizer,
         start.context,
         start.reads_text(recipe),
@@ -147,11 +160,6 @@ def plan(
         start.special,
         start.stops,
     )
-    seen = facts_room.look(recipe, folders, lambda asked, loaded: inspected_model(asked, loaded, place), reader)
-    made = make(recipe, seen.facts)
-    if probe and not any(finding.severity == "error" for finding in made.findings):
-        made = make(recipe, seen.facts.with_measured(take_trial_steps(made, seen.loaded, place)))
-    return Planned(made, seen.loaded, place)
 
 
 def run(planned: Planned, *, observers: Sequence[Callable[[Event], None]] = (), quiet: bool = False) -> Outcome:
@@ -335,12 +343,12 @@ def evaluate(
         if examples is None:
             raise DataError("the run has no validation data", mend="name a file or folder to evaluate on")
     else:
-        from fromzero.data import TextFormat, corpus_again, load_again
-        from fromzero.planner.facts import Reader, request
+        from fromzero.data import again
+        from fromzero.planner.facts import request
 
-        asked, form = request(planned.plan.recipe, (Path(),), Reader()), saved.preparation.inputs
-        whole = planned.plan.recipe.task == "language" and isinstance(form, TextFormat)
-        examples = corpus_again(data, form, asked) if whole else load_again(data, saved.preparation, asked)  # type: ignore[arg-type]
+        recipe = planned.plan.recipe
+        asked = request(recipe, (planned.place.folders[0], Path()), _reader(planned.place.start, recipe))
+        examples = again(data, saved.preparation, asked, corpus=recipe.task == "language")
         name = str(data) if isinstance(data, (str, Path)) else "data given from Python"
     module = saved.load(model).to(judge.device)
     loss, metrics = judge.measure(module, examples)

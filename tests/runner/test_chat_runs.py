@@ -222,3 +222,15 @@ def test_tensors_that_do_not_move_are_named(speaker: Path, chats: Path, tmp_path
     fz.run(planned, observers=[heard.append], quiet=True)
     said = [event.what for event in heard if type(event).__name__ == "Warned"]
     assert any("1 of 16 tensors that should learn have not moved after 3 steps: blocks.1.mlp.down.a" in what for what in said), said
+
+
+def test_a_run_is_measured_on_other_conversations_and_names_no_answers(speaker: Path, chats: Path, tmp_path: Path) -> None:
+    outcome, _ = run(recipe(speaker, chats), tmp_path)
+    own = fz.evaluate("run:talk", runs=tmp_path)
+    assert own["examples"] == 12 and own["loss"] == pytest.approx(outcome.result["validation"]["loss"], rel=1e-6)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(chats.read_text().splitlines(keepends=True)[:5]))
+    found = fz.evaluate("run:talk", str(other), runs=tmp_path)
+    assert found["examples"] == 5 and found["perplexity"] == pytest.approx(torch.tensor(found["loss"]).exp().item(), rel=1e-5)
+    with pytest.raises(fz.DataError, match="goes on with text, it names no answer"):
+        fz.predict("run:talk", str(other), runs=tmp_path)

@@ -1,5 +1,6 @@
 """Data: a source in, examples out, in an order that is a function of seed and epoch."""
 
+from fromzero.data.again import again
 from fromzero.data.answers import Classes, Numbers, Soft
 from fromzero.data.augment import Augmentation
 from fromzero.data.chat import chat_again, load_chat
@@ -34,6 +35,7 @@ __all__ = [
     "TextExamples",
     "TextFacts",
     "TextFormat",
+    "again",
     "chat_again",
     "corpus_again",
     "count_batches",

@@ -66,21 +66,18 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: R
     if recipe.head.new:
         model = new_head(model, recipe.head.layer or seen.head, loaded.facts.outputs, linears=seen.linears)
         seen = _looked_at(model, two, name, len(targets))
-    layers = {layer.name: tuple(layer.tensors) for layer in seen.layers}
-    freeze = recipe.freeze
     head = recipe.head.layer or seen.head
     adapted: dict[str, tuple[int, ...]] = {}
     if recipe.adapter is not None:
         adapted = _adapted(recipe.adapter, model, seen, joined)
         model = add_adapters(model, adapted, **adapter_options(recipe.adapter), seed=recipe.seed)
         seen = _looked_at(model, two, name, len(targets))
-        layers = {layer.name: tuple(layer.tensors) for layer in seen.layers}
+    layers, freeze, still = {layer.name: tuple(layer.tensors) for layer in seen.layers}, recipe.freeze, Frozen()
+    if recipe.adapter is not None:
         still = frozen_beside(model, layers, learn=recipe.adapter.train, head=head if recipe.head.new else None)
-    else:
+    elif not freeze.nothing:
         parameters = [n for n, _ in model.named_parameters()]
-        still = Frozen()
-        if not freeze.nothing:
-            still = find_frozen(layers, parameters, head, body=freeze.body, through=freeze.through, names=freeze.names)
+        still = find_frozen(layers, parameters, head, body=freeze.body, through=freeze.through, names=freeze.names)
     return Look(Facts(machine, loaded.facts, seen, still, adapted), loaded)
 
 

@@ -114,7 +114,7 @@ class SavedModel:
         adapted, own = self.design.adapted, self._own()
         model = self.design.build(given)
         if adapted is not None and adapted.base:
-            fill(model, self._base(), file=adapted.base, fresh=adapted.learned)
+            fill(model, self._base(model.state_dict()), file=adapted.base, fresh=adapted.learned)
             kept = {name: tensor for name, tensor in model.state_dict().items() if name not in adapted.learned}
             if tensors_digest(kept) != adapted.digest:
                 why = "adapters belong to the weights beside which they learned"
@@ -145,8 +145,8 @@ class SavedModel:
         names = {ours: of for ours, of in family.names(self.config, ()).items() if set(of[0]) <= theirs.keys()}
         return to_ours(theirs, names, file=str(self.folder)) | rest
 
-    def _base(self) -> dict[str, Tensor]:
-        """The frozen weights beside which adapters learned, from their source"""
+    def _base(self, state: Collection[str]) -> dict[str, Tensor]:
+        """The frozen weights beside which adapters learned, from their source.  state: the names that the model has"""
         adapted, family, blueprint = self.design.adapted, self.design.family, self.design.blueprint
         assert adapted is not None
         if (Path(adapted.base) / "model.json").is_file():
@@ -154,7 +154,6 @@ class SavedModel:
         published = open_pretrained(adapted.base).tensors
         assert family is not None and blueprint is not None
         names = family.names(blueprint.options["config"], published.keys())
-        state = blueprint.build().state_dict()
         wanted = {ours: of for ours, of in names.items() if ours in state and ours not in adapted.learned}
         return to_ours({name: published[name] for of in wanted.values() for name in of[0]}, wanted, file=adapted.base)
 

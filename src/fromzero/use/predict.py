@@ -63,7 +63,7 @@ def predict(saved: SavedModel, model: nn.Module, inputs: Any) -> Predictions:
 
     raises: DataError where nothing can be read, or a column is missing
     """
-    if saved.task == "language":
+    if saved.task in ("language", "chat"):
         raise DataError("the model goes on with text, it names no answer", mend="fromzero evaluate measures it on other text")
     names, examples, faults = prepare(saved.preparation, inputs)
     if not len(examples):
