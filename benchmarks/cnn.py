@@ -10,7 +10,6 @@ the warm-up steps are outside. Peak memory is that of the whole process.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import math
@@ -22,7 +21,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from report import ROOT, circumstances, in_turn, last_json, machine_line, print_table, ratios, run_child, spread, usable_cores, write_json
+from report import (
+    ROOT,
+    arguments,
+    circumstances,
+    in_turn,
+    last_json,
+    machine_line,
+    parsed,
+    print_table,
+    ratios,
+    run_child,
+    spread,
+    write_json,
+)
 
 NETWORK = ROOT / "recipes" / "models" / "seed_cnn.py"
 BATCH = 64
@@ -267,18 +279,9 @@ def here(names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")
-    parser.add_argument("--steps", type=int, default=158, help="timed steps (158: two epochs of 5,000 in batches of 64)")
-    parser.add_argument("--warmup", type=int, default=20, help="steps before the clock starts")
-    parser.add_argument("--threads", type=int, default=min(2, usable_cores()))
-    parser.add_argument("--only", nargs="+", choices=list(SIDES), metavar="SIDE", help=f"of {', '.join(SIDES)}")
+    parser = arguments(__doc__, SIDES, rounds=5, steps=158, warmup=20, each="158: two epochs of 5,000 in batches of 64")
     parser.add_argument("--random", action="store_true", help="random images of the same shape, where mnist-5k cannot be fetched")
-    parser.add_argument("--json", metavar="FILE", help="write every measurement there")
-    parser.add_argument("--child", nargs=2, metavar=("SIDE", "FILE"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.rounds < 1 or asked.steps < 1 or asked.warmup < 1:
-        parser.error("--rounds, --steps and --warmup begin at 1")
+    asked = parsed(parser)
     if asked.child is not None:
         side, file = asked.child
         if side == "prepare":

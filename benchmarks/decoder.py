@@ -14,7 +14,6 @@ second of a large matrix product, measured in the same process with the same thr
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import json
@@ -30,7 +29,20 @@ from pathlib import Path
 from typing import Any
 
 from cnn import Stopwatch
-from report import ROOT, circumstances, in_turn, last_json, machine_line, print_table, ratios, run_child, spread, usable_cores, write_json
+from report import (
+    ROOT,
+    arguments,
+    circumstances,
+    in_turn,
+    last_json,
+    machine_line,
+    parsed,
+    print_table,
+    ratios,
+    run_child,
+    spread,
+    write_json,
+)
 
 SHAKESPEARE = ROOT.parent / "shared" / "data" / "tinyshakespeare.txt"
 LAYERS, WIDTH, HEADS, BLOCK, BATCH = 6, 384, 6, 256, 12
@@ -249,19 +261,10 @@ def here(names: list[str]) -> tuple[list[str], list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="measurements of each side")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps, of 3,072 tokens each")
-    parser.add_argument("--warmup", type=int, default=3, help="steps before the clock starts")
-    parser.add_argument("--threads", type=int, default=min(2, usable_cores()))
-    parser.add_argument("--only", nargs="+", choices=list(SIDES), metavar="SIDE", help=f"of {', '.join(SIDES)}")
+    parser = arguments(__doc__, SIDES, rounds=5, steps=12, warmup=3, each="of 3,072 tokens each")
     parser.add_argument("--synthetic", action="store_true", help="random characters even where tinyshakespeare is at hand")
     parser.add_argument("--profile", action="store_true", help="no timings: one run of each side under torch's profiler")
-    parser.add_argument("--json", metavar="FILE", help="write every measurement there")
-    parser.add_argument("--child", nargs=2, metavar=("SIDE", "FILE"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.rounds < 1 or asked.steps < 1 or asked.warmup < 1:
-        parser.error("--rounds, --steps and --warmup begin at 1")
+    asked = parsed(parser)
     if asked.child is not None:
         child(*asked.child, asked.warmup, asked.steps, asked.threads, asked.profile)
         return

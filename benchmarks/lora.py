@@ -28,7 +28,6 @@ scores of tokens that are not trained, attention between documents and what is d
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
 import importlib.util
 import itertools
@@ -44,7 +43,20 @@ from statistics import median
 from typing import Any
 
 from decoder import Watch, sgemm
-from report import ROOT, circumstances, in_turn, last_json, machine_line, print_table, ratios, run_child, spread, usable_cores, write_json
+from report import (
+    ROOT,
+    arguments,
+    circumstances,
+    in_turn,
+    last_json,
+    machine_line,
+    parsed,
+    print_table,
+    ratios,
+    run_child,
+    spread,
+    write_json,
+)
 
 TASKS = ROOT.parent / "shared" / "data" / "self_instruct_seed_tasks.jsonl"
 MODEL = "smollm2-135m-instruct"
@@ -366,18 +378,9 @@ def flops(one: dict[str, Any], seen: dict[str, Any]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each side")
-    parser.add_argument("--steps", type=int, default=12, help="timed steps, of 8 conversations each; 12 are an epoch")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before the clock starts")
-    parser.add_argument("--threads", type=int, default=min(2, usable_cores()))
-    parser.add_argument("--only", nargs="+", choices=list(SIDES), metavar="SIDE", help=f"of {', '.join(SIDES)}")
+    parser = arguments(__doc__, SIDES, rounds=3, steps=12, warmup=1, each="of 8 conversations each; 12 are an epoch")
     parser.add_argument("--profile", action="store_true", help="no timings: one run of each side under torch's profiler")
-    parser.add_argument("--json", metavar="FILE", help="write every measurement there")
-    parser.add_argument("--child", nargs=2, metavar=("SIDE", "FOLDER"), help=argparse.SUPPRESS)
-    asked = parser.parse_args()
-    if asked.rounds < 1 or asked.steps < 1 or asked.warmup < 1:
-        parser.error("--rounds, --steps and --warmup begin at 1")
+    asked = parsed(parser)
     if asked.child is not None:
         side, folder = asked.child[0], Path(asked.child[1])
         if side == "prepare":

@@ -5,6 +5,7 @@ The parent of a benchmark must stay small: Linux counts its memory into the peak
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -12,7 +13,7 @@ import platform
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,26 @@ class Spread:
 
     def show(self, digits: int) -> str:
         return f"{self.median:.{digits}f} ({self.lowest:.{digits}f} to {self.highest:.{digits}f})"
+
+
+def arguments(doc: str | None, sides: Collection[str], *, rounds: int, steps: int, warmup: int, each: str) -> argparse.ArgumentParser:
+    """The options of every benchmark of training. each: what a step is"""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=rounds, help="measurements of each side")
+    parser.add_argument("--steps", type=int, default=steps, help=f"timed steps ({each})")
+    parser.add_argument("--warmup", type=int, default=warmup, help="steps before the clock starts")
+    parser.add_argument("--threads", type=int, default=min(2, usable_cores()))
+    parser.add_argument("--only", nargs="+", choices=list(sides), metavar="SIDE", help=f"of {', '.join(sides)}")
+    parser.add_argument("--json", metavar="FILE", help="write every measurement there")
+    parser.add_argument("--child", nargs=2, metavar=("SIDE", "PLACE"), help=argparse.SUPPRESS)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    asked = parser.parse_args()
+    if asked.rounds < 1 or asked.steps < 1 or asked.warmup < 1:
+        parser.error("--rounds, --steps and --warmup begin at 1")
+    return asked
 
 
 def spread(values: Sequence[float]) -> Spread:
