@@ -64,7 +64,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
     rows:    how many rows its output has: one a sample, or one a token
     raises:  ModelError where the module fails on them, or gives no tensor
     """
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # with the same parameters and its own buffers
     watch = _Watch(twin)
     outputs = watch.run(inputs, name, samples if rows is None else rows)
     executed = list(dict.fromkeys(watch.order))
@@ -108,7 +108,6 @@ class _Watch:
         self.flat_dropout: list[str] = []
         self.saved_bytes = 0
         self._leaves = {n: m for n, m in model.named_modules() if not list(m.children()) or list(m.parameters(recurse=False))}
-        self._seen: set[int] = set()
 
     def leaves_own(self, parameter: str) -> bool:
         return parameter.rpartition(".")[0] in self._leaves
@@ -116,18 +115,19 @@ class _Watch:
     def run(self, inputs: tuple[Tensor, ...], name: str, rows: int) -> Tensor:
         handles = [m.register_forward_pre_hook(self._note(n)) for n, m in self._leaves.items()]
         known = {p.data_ptr() for p in self.model.parameters()}
+        kept: dict[int, Tensor] = {}
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> None:
+            """Count what is kept; the graph gets nothing, for one that holds its own outputs is never freed."""
             place = tensor.untyped_storage().data_ptr()
-            if place not in self._seen and place not in known:
-                self._seen.add(place)
+            if place not in kept and place not in known:
+                kept[place] = tensor.detach()  # alive for this pass, so that no other tensor gets its place
                 self.saved_bytes += tensor.nbytes
-            return tensor
 
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
                 warnings.simplefilter("ignore")
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
                     outputs: Any = _call(self.model, inputs)
         except Exception as error:
             shapes = " and ".join(str(tuple(t.shape)) for t in inputs)

@@ -34,7 +34,8 @@ class LowRank(nn.Module):
     """
 
     _tensor: Tensor | None  # see _kept
-    _state: list[tuple[int, int]] | None
+    _base: list[tuple[int, int]]
+    _thin: tuple[Tensor, ...]
     _made_of: tuple[Tensor, ...]
 
     def __init__(
@@ -67,18 +68,15 @@ class LowRank(nn.Module):
         y: Tensor
         if self.path == "merged" and self._merges(x):
             y = _Merged.apply(x, self._kept(), self.base.bias, self.a, self.b, self)  # type: ignore[no-untyped-call]
-        else:
-            y = self.base(x)
-            inner = self.scale * F.linear(self.dropout(x).to(self.a.dtype), self.a)  # (…, P · R)
-            thin = [F.linear(h, b) for h, b in zip(inner.split(self.rank, -1), self.b.split(self.sizes), strict=True)]
-            y = y + (thin[0] if len(thin) == 1 else torch.cat(thin, -1)).to(y.dtype)
-            if self.magnitude is None:
-                return y
-            factor = (self.magnitude / self._kept()).to(y.dtype)  # (out,)
-            y = factor * y if self.base.bias is None else factor * y + (1 - factor) * self.base.bias
-        if y.requires_grad:
-            y.register_hook(self._may_change)
-        return y
+            return y
+        y = self.base(x)
+        inner = self.scale * F.linear(self.dropout(x).to(self.a.dtype), self.a)  # (…, P · R)
+        thin = [F.linear(h, b) for h, b in zip(inner.split(self.rank, -1), self.b.split(self.sizes), strict=True)]
+        y = y + (thin[0] if len(thin) == 1 else torch.cat(thin, -1)).to(y.dtype)
+        if self.magnitude is None:
+            return y
+        factor = (self.magnitude / self._kept()).to(y.dtype)  # (out,)
+        return factor * y if self.base.bias is None else factor * y + (1 - factor) * self.base.bias
 
     def _merges(self, x: Tensor) -> bool:
         base, fine = self.base, (torch.float32, torch.float64)
@@ -88,16 +86,21 @@ class LowRank(nn.Module):
         return exact and not base.weight.requires_grad and not torch.is_autocast_enabled(x.device.type)
 
     def _kept(self) -> Tensor:
-        """W + s B A, or with DoRA the norms of its rows; computed anew, in place, where something it is made of may have changed."""
-        made_of = (self.a, self.b, *self.base.parameters(), *self.base.buffers())
-        state = [(id(tensor), tensor._version) for tensor in made_of]
-        if self._tensor is None or self._state != state:
+        """W + s B A, or with DoRA the norms of its rows; computed anew, in place, where something it is made of has changed.
+
+        A and B are compared with copies, for torch's fused optimizers do not count a tensor's versions up; W stands still.
+        """
+        made_of = (*self.base.parameters(), *self.base.buffers())
+        base = [(id(tensor), tensor._version) for tensor in made_of]
+        same = self._tensor is not None and base == self._base and torch.equal(self.a, self._thin[0]) and torch.equal(self.b, self._thin[1])
+        if self._tensor is None or not same:
             with torch.inference_mode(False), torch.no_grad(), torch.autocast(self.a.device.type, enabled=False):
                 if self.magnitude is None:
                     self._tensor = self._sum(self._tensor)
                 else:
                     self._tensor = torch.linalg.vector_norm(self._sum(), dim=1)
-            self._state, self._made_of = state, made_of  # held, so that no other tensor can get one of these ids
+                self._thin = (self.a.clone(), self.b.clone())
+            self._base, self._made_of = base, made_of  # held, so that no other tensor can get one of these ids
         return self._tensor
 
     def _sum(self, into: Tensor | None = None) -> Tensor:
@@ -109,20 +112,16 @@ class LowRank(nn.Module):
             torch.addmm(w, b, a, alpha=self.scale, out=rows)
         return into
 
-    def _may_change(self, gradient: Tensor) -> None:
-        """After a backward pass an optimizer may step, and torch's fused ones do not count a tensor's versions up."""
-        self._state = None
-
     def forget(self) -> None:
         """Let go of what is kept between calls."""
-        self._tensor, self._state, self._made_of = None, None, ()
+        self._tensor, self._base, self._thin, self._made_of = None, [], (), ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self.forget()  # moved or cast: the parameters keep their versions
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_tensor": None, "_state": None, "_made_of": ()}  # a copy's parameters begin to count anew
+        return self.__dict__ | {"_tensor": None, "_base": [], "_thin": (), "_made_of": ()}  # a copy's parameters begin to count anew
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:

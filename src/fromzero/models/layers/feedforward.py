@@ -7,15 +7,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "silu": F.silu,
+}
+_aten = torch.ops.aten
+BACKWARD: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # gradient of the activation and its input → gradient of its input
+    "gelu": _aten.gelu_backward,
+    "gelu_tanh": partial(_aten.gelu_backward, approximate="tanh"),
+    "relu": lambda gradient, x: _aten.threshold_backward(gradient, x, 0),
+    "silu": _aten.silu_backward,
 }
 
 
@@ -27,17 +37,32 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, *, activation: str, gated: bool, bias: bool) -> None:
         super().__init__()
-        self.activate, self.gated = ACTIVATIONS[activation], gated
+        self.activation, self.gated = activation, gated
         self.up = nn.Linear(width, 2 * hidden if gated else hidden, bias=bias)
         self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, D).  returns: (N, D)"""
-        hidden = self.up(x)
-        if self.gated:
-            gate, up = hidden.chunk(2, dim=-1)  # (N, F) each
-            hidden = self.activate(gate) * up
-        else:
-            hidden = self.activate(hidden)
+        wide = self.up(x)  # (N, F), or gated (N, 2 F)
+        hidden = _Gate.apply(wide, self.activation) if self.gated else ACTIVATIONS[self.activation](wide)  # type: ignore[no-untyped-call]
         out: Tensor = self.down(hidden)
         return out
+
+
+class _Gate(torch.autograd.Function):
+    """act(gate) · up, which keeps what came in alone: act(gate) is cheaper computed again than kept."""
+
+    @staticmethod
+    def forward(ctx: Any, wide: Tensor, activation: str) -> Tensor:
+        """wide: (N, 2 F), the gate's half first"""
+        ctx.save_for_backward(wide)
+        ctx.activation = activation
+        gate, up = wide.chunk(2, dim=-1)  # (N, F) each
+        return ACTIVATIONS[activation](gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (wide,) = ctx.saved_tensors
+        gate, up = wide.chunk(2, dim=-1)
+        return torch.cat([BACKWARD[ctx.activation](gradient * up, gate), gradient * ACTIVATIONS[ctx.activation](gate)], dim=-1), None

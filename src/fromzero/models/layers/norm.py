@@ -5,9 +5,11 @@ LayerNorm is torch's own. Dims: D width of a vector.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.Module):
@@ -25,4 +27,32 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, D).  returns: (…, D)"""
         weight = self.weight + self.offset if self.offset else self.weight
-        return F.rms_norm(x.to(weight.dtype), weight.shape, weight, self.eps)  # autocast may bring a shorter type; the kernel wants one
+        normed: Tensor = _RMS.apply(x.to(weight.dtype), weight, self.eps)  # type: ignore[no-untyped-call]  # autocast may bring a shorter type
+        return normed
+
+
+class _RMS(torch.autograd.Function):
+    """torch's own is several operations on a CPU and keeps what each gives; this keeps x and one number a vector."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x: (…, D)  weight: (D,)"""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # (…, 1)
+        inverse = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))
+        ctx.save_for_backward(x, weight, inverse)
+        return (x * inverse).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        """With n = x · inverse and h = gradient · weight: inverse · (h − n · mean(h n)), and the sum of gradient · n"""
+        x, weight, inverse = ctx.saved_tensors
+        dx, dweight = None, None
+        if ctx.needs_input_grad[0]:
+            inner = gradient * weight
+            share = (inner * x).sum(-1, keepdim=True).mul_(inverse.pow(3)).div_(-x.shape[-1])  # (…, 1)
+            dx = inner.mul_(inverse).addcmul_(x, share)
+        if ctx.needs_input_grad[1]:
+            dweight = (gradient * x).mul_(inverse).flatten(0, -2).sum(0)
+        return dx, dweight, None
