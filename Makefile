@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test test-all check bench docs clean
+.PHONY: demo demo-llm test test-all check bench docs clean
 
 demo: $(VENV)/core
 	@$(BIN)/python recipes/demo.py
+
+demo-llm: $(VENV)/core
+	@$(BIN)/python recipes/demo_llm.py
 
 test: $(VENV)/dev check
 	@$(BIN)/python -m pytest -q -m "not slow"

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from fromzero.runner.assemble import Place
     from fromzero.runner.execute import Outcome
     from fromzero.runner.start import Start
+    from fromzero.use.export import Exported
     from fromzero.use.predict import Predictions
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ __all__ = [
     "UserError",
     "chat",
     "evaluate",
+    "export",
     "fetch",
     "generate",
     "load",
@@ -353,6 +355,18 @@ def evaluate(
     module = saved.load(model).to(judge.device)
     loss, metrics = judge.measure(module, examples)
     return {"run": folder.name, "data": name, "examples": len(examples), "loss": loss, **metrics}
+
+
+def export(model: str, output: str | Path, *, to: str = "transformers", runs: str | Path = "runs") -> Exported:
+    """Write a language model as a folder that others open, adapters merged; it is opened again and compared before it is kept.
+
+    model:   `run:NAME`, a folder, a file or any published source
+    to:      transformers (its from_pretrained loads the folder)
+    raises:  UserError, ModelError where the format has no place for the model or the folder computes something else
+    """
+    from fromzero.use.export import export as write
+
+    return write(model, to, Path(output), Path(runs))
 
 
 def runs(folder: str | Path = "runs") -> list[dict[str, Any]]:

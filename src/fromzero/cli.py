@@ -312,6 +312,29 @@ def predict(
 
 
 @app.command()
+def export(
+    model: AnySource,
+    output: Annotated[str, typer.Option(metavar="FOLDER", help="a new folder")],
+    to: Annotated[str, typer.Option(metavar="FORMAT", help="transformers: a folder that its from_pretrained loads")] = "transformers",
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Write a language model as others open it, adapters merged. It is kept only if it computes what the model computes."""
+
+    def work() -> Any:
+        found = fz.export(model, output, to=to, runs=runs)
+        theirs = found.difference_transformers
+        compared = "not installed, not compared" if theirs is None else f"differs by {theirs:.1e}"
+        lines = (
+            f"{found.folder}: {found.bytes / 1e6:,.0f} MB; opened again it differs by {found.difference:.1e}; in transformers: {compared}"
+        )
+        return _Both((lines, found.as_json()))
+
+    _answer(work, as_json, debug, str)
+
+
+@app.command()
 def data(
     recipe: RecipeFile,
     overrides: Overrides = None,

@@ -100,7 +100,7 @@ def test_the_facts_are_counted_by_hand():
     each = sorted([sizes[0] + sizes[1], sizes[2], sizes[3]])
     assert (seen.conversations, seen.one_turn, seen.trained) == (3, 2, sum(sizes))
     assert [seen.least, seen.median, seen.most] == each
-    assert seen.terminator == "<|im_end|>" and seen.stops and seen.empty == 1 and seen.empty_at[0].endswith(":3")
+    assert seen.terminator == "<|im_end|>" and seen.empty == 1 and seen.empty_at[0].endswith(":3")
     assert seen.untrained == 0 and seen.too_long == 0 and seen.shape == "messages (role, content)"
     assert f"trained: {sum(sizes)} of {seen.tokens} tokens" in "\n".join(seen.lines())
 
@@ -235,14 +235,13 @@ def test_too_long_without_a_word_is_an_error_with_the_price_of_each_way_and_a_wa
         assert warned.severity == "warning" and said in str(warned)
 
 
-def test_empty_answers_an_end_that_does_not_stop_and_two_answers_are_said():
+def test_empty_answers_and_two_answers_are_said():
     loaded = load([talk("a", "b"), talk("a", "c"), talk("d", "")])
     seen = found(loaded)
     assert seen["empty-answers"].severity == "warning" and "1 conversations have an answer without words" in seen["empty-answers"].what
     assert "Python:3" in seen["empty-answers"].what and "weight: 0" in seen["empty-answers"].mend
     assert "1 prompts have more than one answer" in str(seen["several-answers"]) and "conflicting-labels" not in seen
-    on = found(loaded, chat=replace(loaded.facts.chat, stops=False, crossing=2))
-    assert on["terminator"].severity == "warning" and "it would go on talking" in str(on["terminator"])
+    on = found(loaded, chat=replace(loaded.facts.chat, crossing=2))
     assert "2 tokens hold the end of a prompt and the beginning of an answer" in str(on["crossing-tokens"])
     twice = found(load(rows(5) * 2, validation=[*rows(2), *rows(9)[7:]]))
     assert "5 rows repeat" in str(twice["repeats"]) and "2 validation examples stand in the training data too" in str(twice["leak"])

@@ -12,11 +12,8 @@ from fromzero.recipe.read import known_keys
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 TRAIN, CHOICE, EXACT = (f"fromzero_{name}.jsonl" for name in ("chats", "questions", "exact"))
-COMING_COMMANDS = {"chat", "generate", "export"}  # of the work in progress, as are the keys below
-COMING_KEYS = {"adapter", "tokens"} | {f"adapter.{key}" for key in ("name", "rank", "alpha", "targets", "layers", "dropout", "base")}
-COMING_KEYS |= {"batch.tokens"} | {f"data.{key}" for key in ("too_long", "turns", "template", "mapping", "documents")}
-COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands} | COMING_COMMANDS
-KEYS = {".".join(path) for path in known_keys()} | COMING_KEYS
+COMMANDS = {command.name or command.callback.__name__ for command in app.registered_commands}
+KEYS = {".".join(path) for path in known_keys()}
 SECTIONS = {key.partition(".")[0] for key in KEYS}
 PROSE = {"is", "does", "do", "divide", "read", "pad", "built", "only", "run"}  # words after `fromzero` that are no command
 

@@ -33,7 +33,7 @@ def commands(text: str) -> list[list[str]]:
 
 
 OURS = [words[1:] for words in commands(README) if words[0] == "fromzero"]
-FETCHED = ("recipes/", "chats.", "run:chats", "run:shakespeare")  # of files and runs that a page does not have
+FETCHED = ("recipes/", "chats.", "run:chats", "run:shakespeare", "run:smollm2")  # of files and runs that a page does not have
 FOR_REAL = [words for words in OURS if not any(word.startswith(FETCHED) for word in words)]
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import accumulate
 from statistics import median
 from typing import Any
@@ -41,6 +42,7 @@ def load_chat(request: Request) -> Loaded:
     rooms = [room for room in (asked.max_tokens, asked.context) if room is not None]
     form = ChatFormat(asked.tokenizer, asked.template, asked.special, asked.stops, min(rooms, default=None))
     encoded = _encode(form, [*train, *held], asked.turns)
+    form = replace(form, stops=tuple(dict.fromkeys([*form.stops, *_ends(encoded)])))  # the model's cards may not say how a turn ends
     examples, validation = (_examples(form, part, asked.too_long) for part in (encoded[: len(train)], encoded[len(train) :]))
     if not len(examples):
         what = f"no conversation is left to learn from: all {len(train)} have more than {form.max_tokens} tokens"
@@ -152,6 +154,12 @@ def _examples(form: ChatFormat, encoded: Sequence[Encoded], way: str | None) -> 
     )
 
 
+def _ends(encoded: Sequence[Encoded]) -> list[int]:
+    """The ids that end an answer, the most frequent first; always tokens that stand for no text"""
+    last = Counter(next(t for t, flag in zip(one.ids[::-1], one.trained[::-1], strict=True) if flag) for one in encoded if any(one.trained))
+    return [token for token, _ in last.most_common()]
+
+
 def _facts(
     shape: str, asked: ChatAsked, form: ChatFormat, items: Sequence[Conversation], encoded: Sequence[Encoded], examples: TextExamples
 ) -> ChatFacts:
@@ -164,7 +172,7 @@ def _facts(
     assert examples.trained is not None
     counted = [0, *accumulate(examples.trained.tolist())]  # (N + 1,) trained tokens before each
     each = [counted[s + n + 1] - counted[s + 1] for s, n in zip(examples.starts.tolist(), examples.lengths.tolist(), strict=True)]
-    last = Counter(next(t for t, flag in zip(one.ids[::-1], one.trained[::-1], strict=True) if flag) for one in encoded if any(one.trained))
+    ends = _ends(encoded)
     return ChatFacts(
         shape=shape,
         turns=asked.turns,
@@ -188,8 +196,7 @@ def _facts(
             "drop": (sum(len(one.ids) for one in long), sum(sum(one.trained) for one in long)),
             "split": (0, 0),
         },
-        terminator=tk.decode(form.tokenizer, [last.most_common(1)[0][0]]) if last else "",
-        stops=last.keys() <= set(form.stops),
+        terminator=tk.decode(form.tokenizer, ends[:1]),
         crossing=sum(one.crossing for one in encoded),
         template=template_digest(form.template)[:12],
     )

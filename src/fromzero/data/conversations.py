@@ -97,7 +97,6 @@ class ChatFacts:
     untrained, empty:     how many conversations train no token, or hold an answer without words; and where the first of them stand
     too_long:             conversations of more than `room` tokens.  way: what becomes of them; None: nothing was said
     lost:                 way → (tokens, trained tokens) that would be gone
-    stops:                whether the tokens that end the answers stop the model
     crossing:             tokens that are trained for a part of their text alone
     """
 
@@ -120,7 +119,6 @@ class ChatFacts:
     way: str | None
     lost: dict[str, tuple[int, int]]
     terminator: str
-    stops: bool
     crossing: int
     template: str
 
@@ -134,7 +132,7 @@ class ChatFacts:
             f"trained: {self.trained:,} of {self.tokens:,} tokens ({self.trained / self.tokens:.0%}), those of "
             + ("every answer" if self.turns == "all" else "the last answer")
             + f"; in an example {self.least:,} to {self.most:,}, half have {self.median:,} or more",
-            f"an answer ends with {self.terminator!r}, which is trained" + (" and stops the model" if self.stops else ""),
+            f"an answer ends with {self.terminator!r}, which is trained and stops the model",
             f"length: up to {self.longest:,} tokens, {longer}",
             f"no token trained: {self.untrained}; empty answers: {self.empty}; tokens trained in part: {self.crossing}",
             f"chat template: {self.template}",

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fromzero.errors import DataError
 
@@ -74,6 +74,13 @@ def byte_length(tokenizer: str, token: int) -> int:
     """UTF-8 bytes of a token's text; a byte-level token may be part of a character and is written one letter a byte."""
     text = decode(tokenizer, [token])
     return len((_read(tokenizer).id_to_token(token) or "") if "\ufffd" in text else text.encode())
+
+
+def add_tokens(tokenizer: str, texts: Sequence[str]) -> str:
+    """A tokenizer that takes each of these texts for one token wherever it stands; a text that is a token already stays that token."""
+    made = Tokenizer.from_str(_read(tokenizer).to_str())  # the one that is kept for others stays as it is
+    made.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in texts])
+    return str(made.to_str())
 
 
 def characters(texts: Iterable[str], *, end: bool = False) -> str:

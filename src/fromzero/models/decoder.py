@@ -7,7 +7,7 @@ Dims: B documents, N tokens end to end, D width, H query heads, G key/value head
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +207,28 @@ class Decoder(nn.Module):
         """Submodules in the order they run; a tied head runs in none."""
         blocks = (f"blocks.{i}" for i in range(len(self.blocks)))
         return ("embedding", *blocks, "norm", *(["head"] if self.head is not None else []))
+
+    @property
+    def vocabulary(self) -> tuple[str, ...]:
+        """The parameters with a row for each token"""
+        kept = ("embedding.tokens.", *(("head.",) if self.outputs is None else ()))
+        return tuple(name for name, _ in self.named_parameters() if name.startswith(kept))
+
+    @torch.no_grad()
+    def grow(self, rows: int) -> None:
+        """More tokens, up to `rows`: each new row of embedding and head begins as the mean of the others.
+
+        source: J. Hewitt, "Initializing New Word Embeddings for Pretrained Language Models", 2021
+        """
+        if rows <= self.config.vocabulary:
+            return
+        self.config = replace(self.config, vocabulary=rows)
+        for name in self.vocabulary:
+            place, _, kind = name.rpartition(".")
+            module, old = self.get_submodule(place), self.get_parameter(name)
+            grown = torch.cat([old, old.mean(0, keepdim=True).expand(rows - len(old), *old.shape[1:])])
+            setattr(module, kind, nn.Parameter(grown))
+            setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
 
     def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
         """tokens: (N,) int64.  offsets: (B + 1,) int64.  returns: (N, V), or (B, K) with outputs"""

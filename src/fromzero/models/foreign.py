@@ -125,6 +125,16 @@ def load_foreign(
     return model, (missing, extra, [f"{n} is {tuple(a)}, not {tuple(b)}" for n, a, b in sorted(notes["mismatched_keys"]) if counts(n)])
 
 
+@torch.no_grad()
+def scores_by_transformers(folder: Path, documents: Sequence[Tensor], *, per_token: bool) -> Tensor:
+    """What transformers itself says of documents, each (T,) int64, when it opens a folder of ours.  returns: (N, V), or (B, K)"""
+    with _blame(f"{folder}, opened by transformers,", quiet=True):
+        make = getattr(importlib.import_module("transformers"), f"AutoModelFor{'CausalLM' if per_token else 'SequenceClassification'}")
+        theirs = make.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
+        said = [theirs(document[None]).logits[0] for document in documents]
+        return torch.cat(said) if per_token else torch.stack(said)
+
+
 def hub_name(source: str, folders: Sequence[Path]) -> str:
     """`hub:OWNER/REPOSITORY[:REF]/ENTRY` without the prefix; of `hub:./FOLDER/ENTRY` the folder's whole path.  raises: SourceError"""
     repository, _, entry = source.removeprefix("hub:").rpartition("/")

@@ -127,7 +127,7 @@ class _Watch:
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
                 warnings.simplefilter("ignore")
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda _: None):
+                with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
                     outputs: Any = _call(self.model, inputs)
         except Exception as error:
             shapes = " and ".join(str(tuple(t.shape)) for t in inputs)

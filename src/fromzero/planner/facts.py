@@ -13,9 +13,10 @@ from torch import nn
 from fromzero.data import ChatAsked, ImageFormat, Inputs, Loaded, Request, TextAsked, TextExamples, load, load_chat, load_corpus
 from fromzero.data.opening import find_path
 from fromzero.data.table import read_text
+from fromzero.data.tokens import add_tokens
 from fromzero.devices import give_back_memory, look_at_machine
 from fromzero.errors import DataError, ModelError
-from fromzero.models import ModelFacts, inspect_model
+from fromzero.models import Decoder, ModelFacts, inspect_model
 from fromzero.planner.values import Facts
 from fromzero.recipe.schema import Adapter, Given, ImageInput, Recipe
 from fromzero.tuning import Frozen, add_adapters, choose_targets, find_frozen, frozen_beside, new_head
@@ -74,10 +75,14 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: R
         seen = _looked_at(model, two, name, len(targets))
     layers, freeze, still = {layer.name: tuple(layer.tensors) for layer in seen.layers}, recipe.freeze, Frozen()
     if recipe.adapter is not None:
-        still = frozen_beside(model, layers, learn=recipe.adapter.train, head=head if recipe.head.new else None)
+        rows = _vocabulary(model) if recipe.data.add_tokens is not None else ()
+        still = frozen_beside(model, layers, learn=(*recipe.adapter.train, *rows), head=head if recipe.head.new else None)
     elif not freeze.nothing:
         parameters = [n for n, _ in model.named_parameters()]
         still = find_frozen(layers, parameters, head, body=freeze.body, through=freeze.through, names=freeze.names)
+    if recipe.data.add_tokens is not None and (stuck := set(_vocabulary(model)) & set(still.parameters)):
+        why = "the rows of added tokens would stay as they are made, the mean of all others"
+        raise ModelError(f"freezes {', '.join(sorted(stuck))}", why=why, mend="freeze less, or add no tokens", key="freeze")
     return Look(Facts(machine, loaded.facts, seen, still, adapted), loaded)
 
 
@@ -91,6 +96,11 @@ def adapter_options(asked: Adapter) -> dict[str, Any]:
         "dropout": asked.dropout,
         "base": asked.base,
     }
+
+
+def _vocabulary(model: nn.Module) -> tuple[str, ...]:
+    """The parameters with a row for each token"""
+    return model.vocabulary if isinstance(model, Decoder) else ()
 
 
 def _looked_at(model: nn.Module, inputs: Inputs, name: str, rows: int) -> ModelFacts:
@@ -142,11 +152,11 @@ def _refuse_unknown_tokens(model: nn.Module, loaded: Loaded, name: str) -> None:
     text = loaded.facts.text
     if text is not None and rows is not None and text.vocabulary > rows:
         width = next(m.embedding_dim for m in model.modules() if isinstance(m, nn.Embedding))
-        more = text.vocabulary - rows
+        more, grow = text.vocabulary - rows, "or let it grow (data.add_tokens: auto), where " if isinstance(model, Decoder) else ""
         raise ModelError(
             f"the tokenizer has {text.vocabulary} tokens, the embedding of {name} only {rows}",
             why="it is the tokenizer of another model, or tokens were added to it",
-            mend=f"use the model's own (data.tokenizer: auto); {more} more rows would be {more * width:,} untrained values",
+            mend=f"use the model's own (data.tokenizer: auto); {grow}{more} more rows would be {more * width:,} untrained values",
             key="data.tokenizer",
         )
 
@@ -162,6 +172,11 @@ def _text(recipe: Recipe, folders: tuple[Path, ...], reader: Reader) -> TextAske
         tokenizer = reader.tokenizer or "bpe"
     elif tokenizer not in ("characters", "bpe"):
         tokenizer = read_text(find_path(tokenizer, folders))
+    if data.add_tokens and data.add_tokens != "auto":
+        if tokenizer in ("characters", "bpe"):
+            mend = "they are in its texts; take data.add_tokens out, or name a tokenizer.json"
+            raise DataError("adds tokens to a tokenizer that is made from the data", mend=mend, key="data.add_tokens")
+        tokenizer = add_tokens(tokenizer, data.add_tokens)
     options = recipe.model.options
     context = reader.context or (options["context"] if isinstance(options.get("context"), int) else None)
     pieces = context or PIECE if recipe.task == "language" else None

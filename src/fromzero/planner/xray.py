@@ -186,15 +186,7 @@ def _chat(facts: Facts) -> Iterator[Finding]:
             "remove them, or give the message weight: 0",
         )
     if chat.terminator:
-        yield Finding(
-            "note" if chat.stops else "warning",
-            "terminator",
-            f"every answer ends with {chat.terminator!r}, which is trained"
-            if chat.stops
-            else f"answers end with {chat.terminator!r} or other tokens",
-            "the model stops there" if chat.stops else "not all of them stop the model: it would go on talking",
-            "" if chat.stops else "take the tokenizer and the template that the model was published with",
-        )
+        yield Finding("note", "terminator", f"every answer ends with {chat.terminator!r}, which is trained", "the model stops there")
     if chat.crossing:
         yield Finding(
             "note",

@@ -167,6 +167,10 @@ class Data(Section):
     tokenizer: str = Field(
         "auto", description="text: auto (the model's own, else bpe), characters, bpe (learned from train), or a tokenizer.json"
     )
+    add_tokens: Annotated[tuple[str, ...] | Literal["auto"] | None, NoneWord] = Field(
+        None,
+        description="text: texts that become tokens of their own, such as [<tool>]; auto: what the tokenizer has beyond the model; the model gets a row for each",
+    )
     vocabulary: int = Field(8000, ge=300, le=1_000_000, description="text: how many tokens bpe learns")
     max_tokens: Annotated[Annotated[int, Field(ge=2)] | None, NoneWord] = Field(
         None,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fromzero.data import Augmentation, ChatFormat, Classes, Examples, Loaded
 from fromzero.data.opening import find_path
 from fromzero.errors import ModelError, RecipeError
-from fromzero.models import Blueprint, Sizes, blueprint_of_file, blueprint_of_name, blueprint_of_object, choose_path, seeded
+from fromzero.models import Blueprint, Decoder, Sizes, blueprint_of_file, blueprint_of_name, blueprint_of_object, choose_path, seeded
 from fromzero.models.foreign import hub_name
 from fromzero.objectives import LOSSES, Loss, Metrics
 from fromzero.optim import lr_factor, make_optimizer, parameter_groups
@@ -61,7 +61,12 @@ class Job:
 
 
 def build_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module, Design]:
-    """The model as its source gives it, with first weights fixed by the seed, before head and freeze."""
+    """The model as its source gives it, with first weights fixed by the seed and rows for added tokens, before head and freeze."""
+    model, design = _from_source(recipe, loaded, place)
+    return (model, design) if recipe.data.add_tokens is None else _with_added_tokens(model, design, loaded)
+
+
+def _from_source(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module, Design]:
     source, options = recipe.model.source, recipe.model.options
     if isinstance(source, Given):
         blueprint = blueprint_of_object(source.value, options)
@@ -107,6 +112,16 @@ def build_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module
     if recipe.model.weights not in ("auto", "none") and blueprint.kind != "hub":
         load_weights(model, recipe.model.weights, place.folders)
     return model, Design(blueprint.name, blueprint)
+
+
+def _with_added_tokens(model: nn.Module, design: Design, loaded: Loaded) -> tuple[nn.Module, Design]:
+    """A row for each token of the data.  raises: ModelError where the model has no place for more"""
+    text, blueprint = loaded.facts.text, design.blueprint
+    if text is None or not isinstance(model, Decoder) or blueprint is None or "config" not in blueprint.options:
+        raise ModelError(f"{design.name} cannot get more tokens", why="only published language models can", key="data.add_tokens")
+    model.grow(text.vocabulary)
+    config = {**blueprint.options["config"], "vocab_size": model.config.vocabulary}
+    return model, replace(design, blueprint=replace(blueprint, options={**blueprint.options, "config": config}))
 
 
 def inspected_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module, dict[str, tuple[int, ...]]]:

@@ -150,7 +150,8 @@ class SavedModel:
         adapted, family, blueprint = self.design.adapted, self.design.family, self.design.blueprint
         assert adapted is not None
         if (Path(adapted.base) / "model.json").is_file():
-            return dict(read_model(Path(adapted.base)).load().state_dict())
+            whole = read_model(Path(adapted.base)).load().state_dict()
+            return {name: tensor for name, tensor in whole.items() if name not in adapted.learned}
         published = open_pretrained(adapted.base).tensors
         assert family is not None and blueprint is not None
         names = family.names(blueprint.options["config"], published.keys())
