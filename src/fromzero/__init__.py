@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,7 +251,15 @@ def _replan(folder: Path, runs: Path, model: Any, data: Any) -> tuple[Planned, d
         beside = Path(noted["place"])
     except (OSError, ValueError, KeyError):
         raise SourceError("has no whole plan.json", mend="train its recipe.yaml anew", file=str(folder)) from None
-    return plan(reading.check(written), runs=runs, probe=False, beside=beside), noted
+    planned = plan(reading.check(written), runs=runs, probe=False, beside=beside)
+    if (seen := noted.get("facts", {}).get("measured")) is not None:  # what was measured then decided how; it goes on the same way
+        from fromzero.planner.make import make
+
+        try:
+            planned = replace(planned, plan=make(planned.plan.recipe, planned.plan.facts.with_noted(seen)))
+        except ValueError:
+            raise SourceError("has no whole plan.json", mend="train its recipe.yaml anew", file=str(folder)) from None
+    return planned, noted
 
 
 def _section(value: Any, short: str) -> dict[str, Any]:

@@ -155,15 +155,19 @@ def train(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = "runs", 
     _answer(work, as_json, debug, str)
 
 
+_USES = {"chat": ("chat   ", ""), "language": ("generate", " --prompt TEXT")}  # of a run, by its task; predict else
+
+
 def _closing(outcome: Any, runs: str) -> str:
     from fromzero.report.summary import format_count, format_seconds
 
     result, where = outcome.result, "" if runs == "runs" else f" --runs {runs}"
+    use, more = _USES.get(result["task"], ("predict", " INPUT"))
     measured = ", ".join(f"{name} {value:.4g}" for name, value in result["validation"].items())
     lines = [
         f"{result['run']}: {format_count(result['steps'])} steps in {format_seconds(result['seconds'])}"
         + (f"; validation {measured}" if measured else ""),
-        f"  predict   fromzero predict run:{result['run']} INPUT{where}",
+        f"  {use}   fromzero {use.strip()} run:{result['run']}{more}{where}",
         f"  curves    fromzero runs {result['run']}{where}   or open {outcome.folder / 'page.html'}",
     ]
     return "\n".join(lines)

@@ -13,10 +13,13 @@ def training_bytes(facts: Facts, optimizer: str, trainable: int, samples: int, w
     return kept + samples * facts.model.activation_bytes * width // 4
 
 
-def run_seconds(facts: Facts, steps: int, batch: int, evaluations: int) -> float | None:
-    """Steps and evaluations at the measured pace; None where nothing was measured."""
+def run_seconds(facts: Facts, steps: int, batch: int, evaluations: int, *, kept: bool = False) -> float | None:
+    """Steps and evaluations at the measured pace; None where nothing was measured.  kept: the frozen part runs once an example"""
     seen = facts.measured
     if seen is None:
         return None
+    if kept and seen.pass_seconds is not None and seen.kept_step_seconds is not None:
+        once = (facts.data.train + facts.data.validation) * seen.pass_seconds
+        return once + steps * seen.kept_step_seconds * batch / max(seen.batch, 1)
     batches = -(-facts.data.validation // max(seen.batch, 1))
     return steps * seen.step_seconds * batch / max(seen.batch, 1) + evaluations * batches * seen.evaluate_seconds

@@ -36,6 +36,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
     rows = _score_rows(recipe, facts, batch)
     attention, why = _attention(facts)
     lowrank, merged = _lowrank(recipe, facts)
+    prefix, why_prefix = _prefix(recipe, facts, again=steps > steps_per_epoch)
     threads = facts.machine.threads if recipe.limits.threads == "auto" else min(recipe.limits.threads, facts.machine.threads)
     choices = (
         Choice("device", facts.machine.device, _device_reason(recipe, facts)),
@@ -43,6 +44,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         Choice("allocator", "keeps freed memory" if facts.machine.keeps_memory else "as it is", _allocator_reason(facts)),
         precision_choice,
         *([Choice("attention", attention, why)] if attention else []),
+        *([Choice("frozen part", "kept" if prefix else "run each time", why_prefix)] if why_prefix else []),
         *([Choice("adapters", lowrank, merged)] if lowrank else []),
         micro_choice
         if pieces is None
@@ -50,7 +52,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         *([Choice("scores", f"{rows} rows", "of trained tokens at once; all scores of a batch are never in memory")] if rows else []),
     )
     found = [*([] if trainable else [_nothing_trains(facts)]), *trouble, *findings(recipe, facts)]
-    plain = micro >= batch and pieces is None and rows is None and lowrank != "merged"
+    plain = micro >= batch and pieces is None and rows is None and lowrank != "merged" and not prefix
     return Plan(
         recipe=recipe,
         facts=facts,
@@ -59,6 +61,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         keep_memory=facts.machine.keeps_memory,
         precision=precision,
         attention=attention,
+        prefix=prefix,
         lowrank=lowrank,
         batch=batch,
         batch_tokens=batch_tokens,
@@ -73,7 +76,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         trains=trains,
         trainable_parameters=trainable,
         findings=tuple(found),
-        predicted_seconds=run_seconds(facts, steps, batch, evaluations),
+        predicted_seconds=run_seconds(facts, steps, batch, evaluations, kept=bool(prefix)),
         predicted_peak_bytes=facts.measured.peak_bytes if facts.measured else None,
     )
 
@@ -144,6 +147,31 @@ def _lowrank(recipe: Recipe, facts: Facts) -> tuple[str, str]:
     if asked.base != "full" or asked.name == "dora":
         return "plain", f"adapter.{'base' if asked.base != 'full' else 'name'}: two thin products beside each matrix"
     return _fast_if_equal(facts, "merged", "W + s·B·A once a step, one product a layer")
+
+
+def _prefix(recipe: Recipe, facts: Facts, *, again: bool) -> tuple[str, str]:
+    """Whether what the head reads is computed once and kept, and why or why not; nothing to say where more than a head learns.
+
+    again:  examples are taken more than once
+    """
+    head, model = recipe.head.layer or facts.model.head, facts.model
+    layer = next((layer for layer in model.layers if layer.name == head), None)
+    still = set(facts.frozen.parameters)
+    free = {p for other in model.layers for p in other.tensors if p not in still}
+    if layer is None or not still or free != set(layer.tensors) or recipe.predicts_tokens or recipe.adapter is not None:
+        return "", ""
+    if recipe.data.augment is not None:
+        return "", "data.augment changes the inputs every epoch"
+    if facts.data.kind == "items":
+        return "", "a dataset of your own may give something else each time"
+    examples = facts.data.train + facts.data.validation
+    if not again:
+        return "", "no example is taken twice"
+    needs = 4 * examples * max(layer.tensors.values()) // max(model.output_shape[-1] if model.output_shape else 1, 1)
+    if needs > facts.machine.memory_bytes * _SHARE / 4:
+        return "", f"what the head reads of all examples is {format_bytes(needs)}"
+    chosen, why = _fast_if_equal(facts, "kept", f"what the head reads is computed once, {format_bytes(needs)}")
+    return (chosen, why) if chosen == "kept" else ("", why.replace("kept path", "head fed with what is kept"))
 
 
 def _fast_if_equal(facts: Facts, fast: str, what: str) -> tuple[str, str]:

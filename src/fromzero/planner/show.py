@@ -48,7 +48,7 @@ def show(plan: Plan) -> str:
         else f"about {format_count(plan.batch_tokens)} tokens a step",
         "gradient descent: the whole training set" if recipe.batch == "all" else "the recipe's",
     )
-    for name in ("micro_batch", "device", "threads", "allocator", "precision", "attention", "adapters", "scores"):
+    for name in ("frozen part", "micro_batch", "device", "threads", "allocator", "precision", "attention", "adapters", "scores"):
         choice = chosen.get(name)
         lines += [] if choice is None else _node(name, str(choice.value), choice.reason + (f"; {choice.price}" if choice.price else ""))
     lines += _node(

@@ -28,6 +28,8 @@ class Measured:
     silent: tuple[str, ...]
     peak_bytes: int
     batch: int
+    kept_step_seconds: float | None = None  # of a step that starts at the head; None where none can
+    pass_seconds: float | None = None  # of one example through what stands still
     path_errors: dict[str, float] = field(
         default_factory=dict
     )  # fast path → its distance from the plain one, relative to the largest gradient
@@ -44,6 +46,10 @@ class Facts:
 
     def with_measured(self, measured: Measured) -> Facts:
         return replace(self, measured=measured)
+
+    def with_noted(self, values: dict[str, Any]) -> Facts:
+        """With what an earlier plan measured, as its JSON.  raises: ValueError"""
+        return self.with_measured(TypeAdapter(Measured).validate_python(values))
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,7 @@ class Plan:
     keep_memory: bool  # freed memory stays with the process
     precision: str
     attention: str  # the path that attention over documents takes; "" where there is none
+    prefix: str  # kept: what the head reads of each example is computed once; "" where every step runs the whole model
     lowrank: str  # the path that adapters take; "" where there are none
     batch: int
     batch_tokens: int | None

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol, TextIO
 
-from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, StepDone, Warned
+from fromzero.report.events import Evaluated, Event, Finished, Kept, Planned, Sampled, Saved, Started, StepDone, Warned
 from fromzero.report.summary import WIDTH, cut, format_count, format_number, format_seconds, printable
 
 TERMINAL_INTERVAL = 0.1  # seconds between two drawings of the bar
@@ -65,6 +65,9 @@ class Console:
             self._next_draw = now + self._paper.interval
             again = f" from step {format_count(event.step)}" if event.step else ""
             self._say(f"{event.run}: training{again} in {event.folder}")
+        elif isinstance(event, Kept):
+            self._keeping(event)
+            self._began = now
         elif isinstance(event, Evaluated):
             self._paper.line(self._evaluation(event), "bold" if event.best else "")
         elif isinstance(event, Sampled):
@@ -84,6 +87,14 @@ class Console:
     def _say(self, text: str, style: str = "") -> None:
         for line in textwrap.wrap(printable(text), self._paper.width(), subsequent_indent="  "):
             self._paper.line(line, style)
+
+    def _keeping(self, event: Kept) -> None:
+        left = event.seconds / max(event.done, 1) * (event.total - event.done)
+        said = [f"frozen part  {self._of(event.done, event.total)} examples"]
+        if event.done < event.total:
+            self._paper.progress([*said, f"{format_seconds(left)} left"], event.done / event.total)
+        else:
+            self._say(f"{said[0]}, once, in {format_seconds(event.seconds)}")
 
     def _evaluation(self, event: Evaluated) -> str:
         at_end = self._steps_per_epoch and event.step % self._steps_per_epoch == 0

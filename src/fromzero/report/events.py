@@ -29,6 +29,15 @@ class Started:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """So many of all examples have gone through the frozen part, once; seconds since the first of them."""
+
+    done: int
+    total: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class StepDone:
     """One optimizer step. epoch: counted from 1; samples: seen so far; loss: mean per sample of this batch; norm: of the whole gradient, before it was clipped."""
 
@@ -87,7 +96,7 @@ class Finished:
     result: dict[str, Any] = field(default_factory=dict)
 
 
-Event = Planned | Started | StepDone | Evaluated | Sampled | Saved | Warned | Finished
+Event = Planned | Started | Kept | StepDone | Evaluated | Sampled | Saved | Warned | Finished
 
 
 def as_json(event: Event) -> dict[str, Any]:

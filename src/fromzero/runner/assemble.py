@@ -58,6 +58,9 @@ class Job:
     augment: Augmentation | None
     device: torch.device
     saved: SavedModel
+    stepped: nn.Module  # what a step runs: the model, or its head alone where what that reads is kept
+    fed: Examples  # what a step takes: the training examples, or what the head reads of them
+    fed_validation: Examples | None
 
 
 def build_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module, Design]:
@@ -181,6 +184,9 @@ def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
         augment=_augmentation(recipe, loaded),
         device=device,
         saved=SavedModel(design, loaded.preparation, recipe.task, recipe.loss_name, Path(), published=_accompanying(loaded, place)),
+        stepped=model,
+        fed=loaded.train,
+        fed_validation=loaded.validation,
     )
 
 

@@ -27,6 +27,7 @@ from fromzero.runner import checkpoint
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.folder import RESULT
 from fromzero.runner.loop import Best, train
+from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.progress import Progress
 from fromzero.runner.saved import write_model
 from fromzero.sources.cache import write_whole
@@ -79,9 +80,13 @@ def execute(
         tell(_planned(plan, folder))
         tell(Started(folder.name, str(folder), progress.step, time.time()))
         before = frozen_digest(job.model, job.frozen)
+        if plan.prefix:
+            begun = time.perf_counter()
+            keep_prefix(job, tell)
+            progress.seconds += time.perf_counter() - begun
         run = _Run(job, progress, best, folder, tell, stop)
         status, error = run.train()
-        if frozen_digest(job.model, job.frozen) != before:
+        if frozen_digest(job.model, job.frozen) != before or not still_the_same(job):
             raise FromzeroError("a frozen layer has changed during training", mend="please report it, with the recipe")
         run.last_words(status)
         result, kept = run.finish(status)

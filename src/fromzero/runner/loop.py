@@ -45,7 +45,7 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
             index, epoch = order[progress.index : ends[bisect_right(ends, progress.index)]], progress.epoch
             lr = set_learning_rate(job, progress.step)
             job.optimizer.zero_grad()
-            total, count = gradients(job.model, pieces(job, index, epoch), job.judge.loss, job.judge.around, rows=plan.score_rows)
+            total, count = gradients(job.stepped, pieces(job, index, epoch), job.judge.loss, job.judge.around, rows=plan.score_rows)
             norm = gradient_norm(job)
             refuse_what_is_no_number(total, count, norm, job, progress, index)
             if recipe.clip is not None:
@@ -78,7 +78,7 @@ def pieces(job: Job, index: Tensor, epoch: int) -> Pieces:
     def fetch(part: Tensor) -> tuple[Inputs, Tensor]:
         if isinstance(job.train, TextExamples):
             part = part[job.train.lengths[part].argsort(stable=True)]  # documents of one length are attended to together
-        inputs, targets = job.train.take(part)
+        inputs, targets = job.fed.take(part)
         if job.augment is not None:
             inputs = (job.augment(inputs[0], part, seed=job.plan.recipe.seed, epoch=epoch),)
         return job.judge.on_device(inputs, targets)
@@ -119,9 +119,9 @@ def clip(job: Job, norm: Tensor) -> None:
 def evaluate_and_keep(job: Job, progress: Progress, best: Best, epoch: int) -> Evaluated:
     """Measure on the validation data, and keep the weights if they are the best so far."""
     train_loss = progress.take_train_loss()
-    if job.validation is None:
+    if job.fed_validation is None:
         return Evaluated(progress.step, epoch, float("nan"), train_loss)
-    loss, metrics = job.judge.measure(job.model, job.validation)
+    loss, metrics = job.judge.measure(job.stepped, job.fed_validation)
     set_training(job.model, job.frozen)
     better = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
     if better:

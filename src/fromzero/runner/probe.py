@@ -17,6 +17,7 @@ from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.loop import clip, pieces, set_learning_rate
 from fromzero.runner.numbers import gradient_norm
+from fromzero.runner.prefix import head_reads, start_at_head
 from fromzero.runner.step import gradients
 from fromzero.tuning import LowRank, choose_lowrank_path, set_training
 
@@ -41,6 +42,7 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         losses, seconds, silent = _steps(job, index)
         evaluate_seconds = _evaluation(job, index)
         errors, peak = _path_errors(job), peak_memory()
+        kept_step, one_pass, kept_error = _from_the_head(job, index) if plan.prefix else (None, None, {})
         del job
         if plan.facts.model.parameter_bytes > LARGE:
             give_back_memory()
@@ -51,7 +53,9 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         silent=silent,
         peak_bytes=peak,
         batch=len(index),
-        path_errors=errors,
+        kept_step_seconds=kept_step,
+        pass_seconds=one_pass,
+        path_errors=errors | kept_error,
     )
 
 
@@ -64,7 +68,7 @@ def _steps(job: Job, index: torch.Tensor) -> tuple[list[float], list[float], tup
         started = time.perf_counter()
         set_learning_rate(job, step)
         job.optimizer.zero_grad()
-        total, count = gradients(job.model, pieces(job, index, 0), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
+        total, count = gradients(job.stepped, pieces(job, index, 0), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
         losses.append(total / count if count else float("nan"))
         if step == 0:
             trained = [(n, p) for n, p in job.model.named_parameters() if p.requires_grad]
@@ -88,6 +92,27 @@ def _evaluation(job: Job, index: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
+def _from_the_head(job: Job, index: torch.Tensor) -> tuple[float, float, dict[str, float]]:
+    """Seconds of a step that starts at the head, seconds of an example's way there, and how far both ways' gradients are apart."""
+    model, few = job.model, index[: min(len(index), 8)]
+    choose_path(model, job.plan.attention)
+    loss, live = _loss_and_gradients(job, few)
+    begun = time.perf_counter()
+    start_at_head(job, head_reads(job, job.train, index), None)
+    passed = (time.perf_counter() - begun) / len(index)
+    set_training(model, job.frozen)
+    kept_loss, kept = _loss_and_gradients(job, few)
+    _, seconds, _ = _steps(job, index)
+    return statistics.median(seconds), passed, {"kept": _distance(loss, live, kept_loss, kept)}
+
+
+def _distance(loss: float, plain: list[torch.Tensor], other_loss: float, other: list[torch.Tensor]) -> float:
+    """The largest difference of two ways' losses and gradients, relative to the largest"""
+    largest = max((float(g.abs().max()) for g in plain), default=0.0) or 1.0
+    apart = max((float((a - b).abs().max()) for a, b in zip(plain, other, strict=True)), default=0.0)
+    return max(apart / largest, abs(loss - other_loss) / max(abs(loss), 1.0))
+
+
 def _path_errors(job: Job) -> dict[str, float]:
     """How far loss and gradients with each fast path lie from those with the plain ones, relative to the largest."""
     index = job.train.lengths.argsort()[:2] if isinstance(job.train, TextExamples) else torch.arange(2)
@@ -95,14 +120,11 @@ def _path_errors(job: Job) -> dict[str, float]:
     for choose in ways.values():
         choose(job.model, "plain")
     plain_loss, plain = _loss_and_gradients(job, index)
-    largest = max((float(g.abs().max()) for g in plain), default=0.0) or 1.0
     errors = {}
     for path, choose in ways.items():
         if path != "plain":
             choose(job.model, path)
-            loss, fast = _loss_and_gradients(job, index)
-            apart = max((float((a - b).abs().max()) for a, b in zip(plain, fast, strict=True)), default=0.0)
-            errors[path] = max(apart / largest, abs(loss - plain_loss) / max(abs(plain_loss), 1.0))
+            errors[path] = _distance(plain_loss, plain, *_loss_and_gradients(job, index))
             choose(job.model, "plain")
     return errors
 
@@ -110,5 +132,5 @@ def _path_errors(job: Job) -> dict[str, float]:
 def _loss_and_gradients(job: Job, index: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
     torch.manual_seed(job.plan.recipe.seed)  # the same dropout
     job.optimizer.zero_grad()
-    total, count = gradients(job.model, pieces(job, index, 0), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
+    total, count = gradients(job.stepped, pieces(job, index, 0), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
     return total / count, [p.grad.clone() for p in job.model.parameters() if p.grad is not None]
