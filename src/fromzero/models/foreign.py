@@ -107,7 +107,10 @@ def load_foreign(
     """
     make, described = _chosen(config, per_token)
     with _blame(make.__name__, quiet=True):
-        asked = {"config": described, "state_dict": dict(tensors), "torch_dtype": torch.float32}
+        own = {
+            name: tensor.clone() for name, tensor in tensors.items()
+        }  # transformers takes them as they are; a reader may give the same again
+        asked = {"config": described, "state_dict": own, "torch_dtype": torch.float32}
         theirs, notes = make.from_pretrained(None, **asked, ignore_mismatched_sizes=True, output_loading_info=True)
     model, body = Foreign(theirs, per_token, mean, std), f"{theirs.base_model_prefix}."
     if per_token:
