@@ -155,7 +155,7 @@ def train(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = "runs", 
     _answer(work, as_json, debug, str)
 
 
-_USES = {"chat": ("chat   ", ""), "language": ("generate", " --prompt TEXT")}  # of a run, by its task; predict else
+_USES = {"chat": ("chat", ""), "language": ("generate", " --prompt TEXT")}  # of a run, by its task; predict else
 
 
 def _closing(outcome: Any, runs: str) -> str:
@@ -167,7 +167,7 @@ def _closing(outcome: Any, runs: str) -> str:
     lines = [
         f"{result['run']}: {format_count(result['steps'])} steps in {format_seconds(result['seconds'])}"
         + (f"; validation {measured}" if measured else ""),
-        f"  {use}   fromzero {use.strip()} run:{result['run']}{more}{where}",
+        f"  {use:<9} fromzero {use} run:{result['run']}{more}{where}",
         f"  curves    fromzero runs {result['run']}{where}   or open {outcome.folder / 'page.html'}",
     ]
     return "\n".join(lines)

@@ -130,7 +130,7 @@ def test_a_later_run_takes_what_an_earlier_one_kept_and_a_spoiled_file_is_comput
 
 
 def test_rows_of_another_model_are_noticed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefix, "_key", lambda job: "always-the-same")
+    monkeypatch.setattr(prefix, "_key", lambda *_: "always-the-same")
     trained(recipe(net()), tmp_path / "runs")
     torch.manual_seed(1)
     _, _, mixed = trained(recipe(Net()), tmp_path / "runs")

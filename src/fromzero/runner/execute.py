@@ -82,7 +82,7 @@ def execute(
         before = frozen_digest(job.model, job.frozen)
         if plan.prefix:
             begun = time.perf_counter()
-            keep_prefix(job, tell)
+            keep_prefix(job, before, tell)
             progress.seconds += time.perf_counter() - begun
         run = _Run(job, progress, best, folder, tell, stop)
         status, error = run.train()

@@ -23,7 +23,7 @@ from fromzero.report import events
 from fromzero.report.events import Event, Warned
 from fromzero.runner.assemble import Job
 from fromzero.sources.cache import cache_folder
-from fromzero.tuning import frozen_digest, set_training
+from fromzero.tuning import set_training
 from fromzero.weights import read_tensors, write_tensors
 
 SPOKEN_SECONDS = 1.0  # between two words on how far it is
@@ -76,12 +76,13 @@ def start_at_head(job: Job, train: Tensor, validation: Tensor | None) -> None:
         job.fed_validation = TensorExamples(validation, job.validation.take(torch.arange(len(validation)))[1])
 
 
-def keep_prefix(job: Job, tell: Callable[[Event], None]) -> None:
+def keep_prefix(job: Job, frozen: str, tell: Callable[[Event], None]) -> None:
     """Compute what the head reads of all examples, or take it from the cache, and start there.
 
-    tell:  hears how far it is, and what there is to warn of
+    frozen:  digest of what stands still
+    tell:    hears how far it is, and what there is to warn of
     """
-    path = cache_folder() / "kept" / f"{_key(job)}.safetensors"
+    path = cache_folder() / "kept" / f"{_key(job, frozen)}.safetensors"
     kept: Kept | None = None
     if path.is_file():
         try:
@@ -130,11 +131,11 @@ def _sides(job: Job) -> dict[str, Examples]:
     return {"train": job.train, **({} if job.validation is None else {"validation": job.validation})}
 
 
-def _key(job: Job) -> str:
+def _key(job: Job, frozen: str) -> str:
     """Of the frozen weights, the data and what becomes of it; another head or learning rate has the same."""
     facts = job.plan.facts
     parts: tuple[Any, ...] = (
-        frozen_digest(job.model, job.frozen),
+        frozen,
         facts.data.digest,
         len(job.train),
         job.saved.preparation.inputs,
