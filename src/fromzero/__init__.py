@@ -142,7 +142,7 @@ def plan(
     folders = tuple(dict.fromkeys([beside or Path(), Path()]))
     start = find_start(recipe.model.source, folders, Path(runs), fresh=recipe.model.weights == "none")
     place = Place(folders, Path(runs), start)
-    seen = facts_room.look(recipe, folders, lambda asked, loaded: inspected_model(asked, loaded, place), _reader(start, recipe))
+    seen = facts_room.look(recipe, folders, lambda asked, loaded: inspected_model(asked, loaded, place), _reader(start, recipe), Path(runs))
     made = make(recipe, seen.facts)
     if probe and not any(finding.severity == "error" for finding in made.findings):
         made = make(recipe, seen.facts.with_measured(take_trial_steps(made, seen.loaded, place)))
@@ -252,13 +252,12 @@ def _replan(folder: Path, runs: Path, model: Any, data: Any) -> tuple[Planned, d
     except (OSError, ValueError, KeyError):
         raise SourceError("has no whole plan.json", mend="train its recipe.yaml anew", file=str(folder)) from None
     planned = plan(reading.check(written), runs=runs, probe=False, beside=beside)
-    if (seen := noted.get("facts", {}).get("measured")) is not None:  # what was measured then decided how; it goes on the same way
-        from fromzero.planner.make import make
+    from fromzero.planner.make import make
 
-        try:
-            planned = replace(planned, plan=make(planned.plan.recipe, planned.plan.facts.with_noted(seen)))
-        except ValueError:
-            raise SourceError("has no whole plan.json", mend="train its recipe.yaml anew", file=str(folder)) from None
+    try:  # what was measured then decided how; it goes on the same way
+        planned = replace(planned, plan=make(planned.plan.recipe, planned.plan.facts.with_noted(noted["facts"])))
+    except (ValueError, KeyError, TypeError):
+        raise SourceError("has no whole plan.json", mend="train its recipe.yaml anew", file=str(folder)) from None
     return planned, noted
 
 

@@ -171,11 +171,18 @@ def test_a_model_that_does_not_take_the_data_says_both_shapes() -> None:
 
 
 def test_memory_that_nothing_fits_is_refused_with_the_amount() -> None:
-    with pytest.raises(fz.PlanRefused, match=r"one sample needs about .* kB, the limit is 100 B"):
+    with pytest.raises(fz.PlanRefused, match=r"one sample needs about .* MB \(process .*\), the limit is 100 B.* raise limits.memory to \d+MB"):
         fz.train(model=net(), data=blobs(), limits={"memory": 100.0}, quiet=True)
 
 
+def wide() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 40_000), nn.ReLU(), nn.Linear(40_000, 3))
+
+
 def test_a_batch_is_cut_where_memory_is_short() -> None:
-    model = nn.Sequential(nn.Linear(4, 512), nn.ReLU(), nn.Linear(512, 3))
-    planned = fz.plan({"task": "classify", "model": model, "data": {"train": blobs()}, "batch": "all", "limits": {"memory": "150KB"}})
-    assert 1 <= planned.plan.micro_batch < planned.plan.batch == 108 and planned.plan.grade == "reordered"
+    recipe = {"task": "classify", "model": wide(), "data": {"train": blobs()}, "batch": "all"}
+    free = fz.plan(recipe, probe=False).plan
+    short = free.recipe.model_copy(update={"limits": free.recipe.limits.model_copy(update={"memory": free.predicted_peak_bytes - 10e6})})
+    made = make(short, free.facts)
+    assert 1 <= made.micro_batch < free.micro_batch == 108 and (free.grade, made.grade) == ("bitwise", "reordered")
+    assert made.predicted_peak_bytes <= short.limits.memory < free.predicted_peak_bytes

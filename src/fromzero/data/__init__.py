@@ -10,7 +10,7 @@ from fromzero.data.images import ImageFormat
 from fromzero.data.language import corpus_again, load_corpus
 from fromzero.data.load import DataFacts, Loaded, Preparation, load, load_again
 from fromzero.data.opening import ChatAsked, Request
-from fromzero.data.order import count_batches, epoch_batches, epoch_order
+from fromzero.data.order import count_batches, epoch_batches, epoch_order, largest_batch
 from fromzero.data.text import TextAsked, TextExamples, TextFacts, TextFormat
 from fromzero.data.turns import ChatFormat
 
@@ -41,6 +41,7 @@ __all__ = [
     "count_batches",
     "epoch_batches",
     "epoch_order",
+    "largest_batch",
     "load",
     "load_again",
     "load_chat",

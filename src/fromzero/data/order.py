@@ -50,6 +50,21 @@ def epoch_batches(lengths: Tensor, order: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(ends - lengths[order], begins)
 
 
+def largest_batch(lengths: Tensor, seed: int, epochs: int, batch: int, tokens: int | None) -> Tensor:
+    """The examples of the batch that has the most tokens in these epochs.  lengths: (M,)  returns: (B,) int64
+
+    batch, tokens:  examples of a batch, or about how many tokens it has
+    """
+    most, found = 0, torch.arange(0)
+    for epoch in range(epochs):
+        order = epoch_order(seed, epoch, len(lengths))
+        edges = torch.arange(0, len(order), batch) if tokens is None else epoch_batches(lengths, order, tokens)[:-1]
+        for part in order.tensor_split(edges[1:]):
+            if (held := int(lengths[part].sum())) > most:
+                most, found = held, part
+    return found
+
+
 def keyed_uniform(seed: int, epoch: int, samples: Tensor, draws: int) -> Tensor:
     """Uniform numbers in [0, 1) that belong to a sample, whatever batch it stands in.
 

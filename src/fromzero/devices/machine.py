@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import platform
 import resource
+import shutil
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +58,21 @@ def usable_cores() -> int:
 def free_memory() -> int:
     """Bytes that this process may still take: the least of free memory, cgroup limit and ulimit."""
     candidates = [_from_meminfo(), _from_cgroup()]
-    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if soft != resource.RLIM_INFINITY:
-        candidates.append(soft)
+    for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
+        soft, _ = resource.getrlimit(kind)
+        if soft != resource.RLIM_INFINITY:
+            candidates.append(max(soft - _mapped(kind == resource.RLIMIT_DATA), 0))
     known = [c for c in candidates if c is not None]
     return min(known) if known else 4 * 2**30
+
+
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is or will be; 0 where the system does not say."""
+    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()), Path())
+    try:
+        return shutil.disk_usage(there).free
+    except OSError:
+        return 0
 
 
 def _from_meminfo() -> int | None:
@@ -73,17 +85,48 @@ def _from_meminfo() -> int | None:
     return None
 
 
-def _from_cgroup() -> int | None:
+def _mapped(data: bool) -> int:
+    """Bytes of this process that ulimit -v counts, or -d"""
     try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        used = Path("/sys/fs/cgroup/memory.current").read_text().strip()
+        pages = Path("/proc/self/statm").read_text().split()
     except OSError:
-        return None
-    return None if limit == "max" else max(int(limit) - int(used), 0)
+        return 0
+    return int(pages[5 if data else 0]) * resource.getpagesize()
+
+
+def _from_cgroup() -> int | None:
+    """Of version 2 of the interface, or of version 1"""
+    for folder, limit, used in (("", "memory.max", "memory.current"), ("memory/", "memory.limit_in_bytes", "memory.usage_in_bytes")):
+        try:
+            most = Path(f"/sys/fs/cgroup/{folder}{limit}").read_text().strip()
+            now = Path(f"/sys/fs/cgroup/{folder}{used}").read_text().strip()
+        except OSError:
+            continue
+        return None if most == "max" else max(int(most) - int(now), 0)
+    return None
+
+
+def held_memory() -> int:
+    """Bytes this process holds now (on cuda: its tensors there); 0 where the system does not say."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        return int(torch.cuda.memory_allocated())
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return 0
+
+
+def forget_peak() -> None:
+    """Let `peak_memory` count from now on, where the system can (Linux, cuda); elsewhere it goes on as before."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+        return
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak resident set size
 
 
 def peak_memory() -> int:
-    """Most bytes this process has held so far (on cuda: that its tensors have held there)."""
+    """Most bytes this process has held since the start or `forget_peak` (on cuda: that its tensors have held there)."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,7 +14,7 @@ from fromzero.models.catalogue import (
 )
 from fromzero.models.decoder import Decoder
 from fromzero.models.families import Family
-from fromzero.models.inspect import LayerFacts, ModelFacts, inspect_model
+from fromzero.models.inspect import LayerFacts, ModelFacts, StageFacts, inspect_model
 from fromzero.models.layers.attention import choose_path
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "LayerFacts",
     "ModelFacts",
     "Sizes",
+    "StageFacts",
     "blueprint_of_config",
     "blueprint_of_file",
     "blueprint_of_name",

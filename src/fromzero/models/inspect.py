@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fromzero.errors import ModelError
 from fromzero.models.decoder import Decoder
@@ -34,6 +35,20 @@ class LayerFacts:
 
 
 @dataclass(frozen=True)
+class StageFacts:
+    """What one stage costs, per sample, or per token of a model that reads text; what lies outside all stages has no name.
+
+    kept:   bytes for the backward pass.  given: bytes of what it reads
+    flops:  multiplications and additions of a forward pass
+    """
+
+    name: str
+    kept: int
+    given: int
+    flops: int
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """layers: in the order they run.  idle: parameters of layers that did not run.  head: the Linear that makes the output."""
 
@@ -52,6 +67,7 @@ class ModelFacts:
     random: bool  # the output in training depends on random draws
     coupled: tuple[str, ...]  # layers that mix the samples of a batch
     attends: bool = False  # with our attention over documents, which has several paths
+    costs: tuple[StageFacts, ...] = ()  # of the stages in their order, and of the rest
     stages: tuple[str, ...] = ()  # submodules in the order they run; empty where they could not be found
     no_stages: str = ""  # why
     foreign: str = ""  # what built it, where that is not fromzero
@@ -65,7 +81,8 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
     raises:  ModelError where the module fails on them, or gives no tensor
     """
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})  # with the same parameters and its own buffers
-    watch = _Watch(twin)
+    stages, reason = find_stages(model)
+    watch = _Watch(twin, stages)
     outputs = watch.run(inputs, name, samples if rows is None else rows)
     executed = list(dict.fromkeys(watch.order))
     modules = dict(twin.named_modules())
@@ -74,7 +91,6 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
     layers = tuple(LayerFacts(n, type(modules[n]).__name__, own[n]) for n in executed)
     used = {p for layer in layers for p in layer.tensors}
     linears = tuple(n for n in executed if isinstance(modules[n], nn.Linear))
-    stages, reason = find_stages(model)
     random = _differs(twin, inputs)
     parameters = dict(model.named_parameters())
     return ModelFacts(
@@ -84,8 +100,11 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
         parameters=sum(p.numel() for p in parameters.values()),
         parameter_bytes=sum(p.nbytes for p in parameters.values()),
         output_shape=tuple(outputs.shape[1:]),
-        activation_bytes=watch.saved_bytes // samples,
-        token_bytes=watch.saved_bytes // len(inputs[0]) if len(inputs) == 2 else 0,
+        activation_bytes=sum(cost[0] for cost in watch.costs.values()) // samples,
+        token_bytes=sum(cost[0] for cost in watch.costs.values()) // len(inputs[0]) if len(inputs) == 2 else 0,
+        costs=tuple(
+            StageFacts(n, *(c // (len(inputs[0]) if len(inputs) == 2 else samples) for c in cost)) for n, cost in watch.costs.items()
+        ),
         head=_head(linears, modules, outputs),
         linears=linears,
         ends_in=_ends_in(outputs),
@@ -102,18 +121,33 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
 class _Watch:
     """Hooks on every layer, for one forward pass in eval mode."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, stages: Sequence[str]) -> None:
         self.model = model.eval()
         self.order: list[str] = []
         self.flat_dropout: list[str] = []
-        self.saved_bytes = 0
+        self.costs = {stage: [0, 0, 0] for stage in (*stages, "")}  # bytes kept, bytes given, operations
+        self._stage = ""
+        self._counted = 0
         self._leaves = {n: m for n, m in model.named_modules() if not list(m.children()) or list(m.parameters(recurse=False))}
 
     def leaves_own(self, parameter: str) -> bool:
         return parameter.rpartition(".")[0] in self._leaves
 
     def run(self, inputs: tuple[Tensor, ...], name: str, rows: int) -> Tensor:
+        modules, counter = dict(self.model.named_modules()), FlopCounterMode(display=False)
+
+        def enter(stage: str, arguments: Sequence[Any]) -> None:
+            """What was computed until now belongs to the stage before"""
+            total = counter.get_total_flops()
+            self.costs[self._stage][2] += total - self._counted
+            self._counted, self._stage = total, stage
+            self.costs[stage][1] += sum(a.nbytes for a in arguments if isinstance(a, Tensor)) if stage else 0
+
         handles = [m.register_forward_pre_hook(self._note(n)) for n, m in self._leaves.items()]
+        for stage in self.costs:
+            if stage:
+                handles.append(modules[stage].register_forward_pre_hook(lambda _, given, stage=stage: enter(stage, given)))
+                handles.append(modules[stage].register_forward_hook(lambda *_: enter("", ())))
         known = {p.data_ptr() for p in self.model.parameters()}
         kept: dict[int, Tensor] = {}
 
@@ -122,13 +156,14 @@ class _Watch:
             place = tensor.untyped_storage().data_ptr()
             if place not in kept and place not in known:
                 kept[place] = tensor.detach()  # alive for this pass, so that no other tensor gets its place
-                self.saved_bytes += tensor.nbytes
+                self.costs[self._stage][0] += tensor.nbytes
 
         try:
             with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
                 warnings.simplefilter("ignore")
-                with torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
+                with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
                     outputs: Any = _call(self.model, inputs)
+                enter("", ())
         except Exception as error:
             shapes = " and ".join(str(tuple(t.shape)) for t in inputs)
             raise ModelError(

@@ -1,25 +1,152 @@
-"""Cost: facts in, predicted seconds and bytes out. Pure arithmetic on what was measured."""
+"""Cost: facts and one way to carry out a step in, predicted seconds and bytes out. Pure arithmetic on what was counted and measured."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from fromzero.models import StageFacts
 from fromzero.planner.values import Facts
+from fromzero.recipe.schema import BatchTokens, Recipe
 
-_STATE = {"sgd": 0, "rmsprop": 1, "adam": 2, "adamw": 2}  # copies of the trained values that the optimizer keeps
+STATE = {"sgd": 0, "rmsprop": 1, "adam": 2, "adamw": 2}  # copies of the trained values that the optimizer keeps
+WIDTH = {"float32": 4, "float64": 8, "bf16": 4, "auto": 4}  # bytes of a master weight
+_SCORES = 3  # times that a row of scores is in memory: itself, its softmax, its gradient
+_BACKWARD = 2  # forward passes that a backward pass costs: one product for the inputs' gradient, one for the weights'
+JUDGED = (256, 4096)  # samples, and tokens of text, at once where nothing is kept for a backward pass
 
 
-def training_bytes(facts: Facts, optimizer: str, trainable: int, samples: int, width: int) -> int:
-    """Weights, gradients, optimizer state and the activations of `samples` samples; width: bytes of a value."""
-    kept = facts.model.parameters * width + trainable * width * (1 + _STATE[optimizer])
-    return kept + samples * facts.model.activation_bytes * width // 4
+@dataclass(frozen=True)
+class Way:
+    """How a step is carried out.
+
+    units:         most samples at once, or tokens of a model that reads text
+    rows:          most rows of scores over a vocabulary at once
+    checkpointed:  stages of which only the input is kept; they run again in the backward pass
+    kept:          bytes of what the frozen part says, where that is computed once; else 0
+    judged:        most samples or tokens at once where nothing is kept for a backward pass
+    """
+
+    units: int
+    rows: int = 0
+    checkpointed: tuple[str, ...] = ()
+    kept: int = 0
+    judged: int = 0
 
 
-def run_seconds(facts: Facts, steps: int, batch: int, evaluations: int, *, kept: bool = False) -> float | None:
-    """Steps and evaluations at the measured pace; None where nothing was measured.  kept: the frozen part runs once an example"""
+def memory(recipe: Recipe, facts: Facts, way: Way) -> dict[str, int]:
+    """Bytes at the highest moment of a run, by what they are for."""
+    width, learned = WIDTH[recipe.precision], trained_values(facts)
+    scores = way.rows * width * _SCORES * facts.model.output_shape[-1] if way.rows else 0
+    activations = way.units * unit_bytes(recipe, facts, way) + _again(facts, way) * way.units
+    moments = (
+        {"gradients": learned * width, "activations": activations, "scores": scores},
+        {"evaluation": way.judged * judged_bytes(facts) * width // 4},
+        {"saving": learned * width * (1 + STATE[recipe.optimizer.name])},
+    )
+    return {
+        "process": facts.held_bytes,
+        "weights": facts.model.parameters * width,
+        "optimizer": learned * width * STATE[recipe.optimizer.name],
+        "best weights": learned * width if recipe.evaluate.keep == "best" and facts.data.validation else 0,
+        "frozen part": way.kept,
+        **max(moments, key=lambda moment: sum(moment.values())),
+    }
+
+
+def judged_bytes(facts: Facts) -> int:
+    """What the largest stage holds of a sample or token where nothing is kept for a backward pass."""
+    return max((c.kept + c.given for c in facts.model.costs), default=0)
+
+
+def peak_bytes(recipe: Recipe, facts: Facts, way: Way) -> int:
+    """Bytes at the highest moment; what trial steps needed beyond the count is added."""
+    counted, seen = sum(memory(recipe, facts, way).values()), facts.measured
+    return counted if seen is None else max(counted + seen.beyond_bytes, seen.planning_bytes)
+
+
+def trained_values(facts: Facts) -> int:
+    """How many values learn; a tied one counts once."""
+    still = set(facts.frozen.parameters)
+    return sum({p: n for layer in facts.model.layers for p, n in layer.tensors.items() if p not in still}.values())
+
+
+def learned_stages(facts: Facts) -> tuple[StageFacts, ...]:
+    """The stages from the first that learns on: what lies before keeps nothing for a backward pass."""
+    still = set(facts.frozen.parameters)
+    free = [p for layer in facts.model.layers for p in layer.tensors if p not in still]
+    costs = facts.model.costs
+    first = next((place for place, cost in enumerate(costs) if cost.name and any(p.startswith(f"{cost.name}.") for p in free)), 0)
+    return costs[first:]
+
+
+def unit_bytes(recipe: Recipe, facts: Facts, way: Way) -> int:
+    """What a sample or token keeps for the backward pass; at least 1."""
+    scale = WIDTH[recipe.precision] // 4
+    if way.kept or not facts.model.costs:
+        return max(1, 0 if way.kept else facts.model.activation_bytes * scale)
+    return max(1, sum(c.given if c.name in way.checkpointed else c.kept for c in learned_stages(facts)) * scale)
+
+
+def _again(facts: Facts, way: Way) -> int:
+    """What a sample or token of the largest checkpointed stage keeps while that runs again."""
+    return max((c.kept for c in facts.model.costs if c.name in way.checkpointed), default=0)
+
+
+def batch_units(recipe: Recipe, facts: Facts, batch: int) -> int:
+    """Samples of the largest batch, or tokens of a model that reads text."""
+    if not facts.reads_text or facts.data.text is None:
+        return batch
+    longest = facts.data.text.longest
+    return facts.largest or (2 * recipe.batch.tokens + longest if isinstance(recipe.batch, BatchTokens) else batch * longest)
+
+
+def step_seconds(facts: Facts, way: Way, chosen: Way, units: int) -> float | None:
+    """Seconds of a step this way, from those of the chosen way; None where nothing was measured.  units: of a step"""
     seen = facts.measured
     if seen is None:
         return None
-    if kept and seen.pass_seconds is not None and seen.kept_step_seconds is not None:
+    if way.kept:
+        return seen.kept_step_seconds
+    more = -(-units // way.units) - -(-units // chosen.units)
+    again = share_again(facts, way.checkpointed) - share_again(facts, chosen.checkpointed)
+    return seen.step_seconds + more * seen.piece_seconds + again * seen.gradient_seconds
+
+
+def share_again(facts: Facts, checkpointed: tuple[str, ...]) -> float:
+    """What running stages again adds to a forward and a backward pass, as a share of these."""
+    learned = learned_stages(facts)
+    whole = sum(c.flops for c in facts.model.costs) + _BACKWARD * sum(c.flops for c in learned)
+    return sum(c.flops for c in learned if c.name in checkpointed) / max(whole, 1)
+
+
+def frozen_gain(facts: Facts, through: int) -> float:
+    """How many times faster a step is where the stages up to this place stand still and run once an example."""
+    costs = facts.model.costs
+    now = sum(c.flops for c in costs) + _BACKWARD * sum(c.flops for c in learned_stages(facts))
+    then = (1 + _BACKWARD) * sum(c.flops for c in costs[through + 1 :])
+    return now / max(then, 1)
+
+
+def run_seconds(recipe: Recipe, facts: Facts, steps: int, evaluations: int, way: Way) -> dict[str, float]:
+    """Seconds of a run by what they are for; empty where nothing was measured."""
+    seen = facts.measured
+    if seen is None:
+        return {}
+    if way.kept and seen.pass_seconds is not None and seen.kept_step_seconds is not None:
         once = (facts.data.train + facts.data.validation) * seen.pass_seconds
-        return once + steps * seen.kept_step_seconds * batch / max(seen.batch, 1)
-    batches = -(-facts.data.validation // max(seen.batch, 1))
-    return steps * seen.step_seconds * batch / max(seen.batch, 1) + evaluations * batches * seen.evaluate_seconds
+        return {"frozen part": once, "step": steps * seen.kept_step_seconds, "evaluate": 0.0}
+    samples = (evaluations if recipe.task == "language" else 1) * seen.sample_seconds
+    return {
+        "fetch": steps * seen.fetch_seconds,
+        "step": steps * (seen.step_seconds - seen.fetch_seconds - seen.update_seconds),
+        "update": steps * seen.update_seconds,
+        "evaluate": evaluations * seen.evaluate_seconds + samples,
+    }
+
+
+def disk(recipe: Recipe, facts: Facts) -> dict[str, int]:
+    """Bytes that a run leaves on the disk: its checkpoints, one more while a new one is written, and its model."""
+    width, learned = WIDTH[recipe.precision], trained_values(facts)
+    one = learned * width * (1 + STATE[recipe.optimizer.name] + (recipe.evaluate.keep == "best" and facts.data.validation > 0))
+    alone = recipe.adapter is not None  # adapters are saved without their base
+    return {"checkpoints": one * (recipe.save.keep + 1), "model": (learned if alone else facts.model.parameters) * width}

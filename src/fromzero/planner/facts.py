@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,19 +11,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from fromzero.data import ChatAsked, ImageFormat, Inputs, Loaded, Request, TextAsked, TextExamples, load, load_chat, load_corpus
+from fromzero.data import (
+    ChatAsked,
+    ImageFormat,
+    Inputs,
+    Loaded,
+    Request,
+    TextAsked,
+    TextExamples,
+    largest_batch,
+    load,
+    load_chat,
+    load_corpus,
+)
 from fromzero.data.opening import find_path
 from fromzero.data.table import read_text
 from fromzero.data.tokens import add_tokens
-from fromzero.devices import give_back_memory, look_at_machine
+from fromzero.devices import free_disk, give_back_memory, held_memory, look_at_machine
 from fromzero.errors import DataError, ModelError
 from fromzero.models import Decoder, ModelFacts, inspect_model
 from fromzero.planner.values import Facts
-from fromzero.recipe.schema import Adapter, Given, ImageInput, Recipe
+from fromzero.recipe.schema import Adapter, BatchTokens, Given, ImageInput, Recipe
 from fromzero.tuning import Frozen, add_adapters, choose_targets, find_frozen, frozen_beside, new_head
 
 PIECE = 256  # tokens of a piece of a corpus, where neither the recipe nor the model says
 LARGE = 2**26  # bytes of a model whose copy is worth collecting at once
+LOOKED_EPOCHS, LOOKED_EXAMPLES = 64, 2_000_000  # of which the largest batch is found
 INSPECTED = 256  # tokens of a document that are run through the model to see what it keeps in memory
 Built = tuple[nn.Module, Mapping[str, tuple[int, ...]]]  # the model, and the rows of the parts of its joined matrices
 BuildModel = Callable[[Recipe, Loaded], Built]  # as the recipe's source gives it, before head, adapters and freeze
@@ -48,10 +62,10 @@ class Reader:
     stops: tuple[int, ...] = ()
 
 
-def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: Reader) -> Look:
+def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: Reader, runs: Path) -> Look:
     """Read the data, build the model once and run two samples through it.
 
-    folders: where relative paths are looked for, in this order
+    folders: where relative paths are looked for, in this order.  runs: where the run will be
     """
     machine = look_at_machine(recipe.limits.device)
     asked = request(recipe, folders, reader)
@@ -83,7 +97,8 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: R
     if recipe.data.add_tokens is not None and (stuck := set(_vocabulary(model)) & set(still.parameters)):
         why = "the rows of added tokens would stay as they are made, the mean of all others"
         raise ModelError(f"freezes {', '.join(sorted(stuck))}", why=why, mend="freeze less, or add no tokens", key="freeze")
-    return Look(Facts(machine, loaded.facts, seen, still, adapted), loaded)
+    del model
+    return Look(Facts(machine, loaded.facts, seen, still, adapted, held_memory(), free_disk(runs), _largest(recipe, loaded)), loaded)
 
 
 def adapter_options(asked: Adapter) -> dict[str, Any]:
@@ -116,6 +131,18 @@ def _adapted(asked: Adapter, model: nn.Module, seen: ModelFacts, joined: Mapping
     chosen = choose_targets(seen.linears, stages=seen.stages, head=seen.head, targets=asked.targets, last=last)
     modules = dict(model.named_modules())
     return {name: joined.get(name) or (int(modules[name].out_features),) for name in chosen}
+
+
+def _largest(recipe: Recipe, loaded: Loaded) -> int:
+    """Tokens of the largest batch among the run's first epochs; 0 where the examples are not of text"""
+    train = loaded.train
+    if not isinstance(train, TextExamples):
+        return 0
+    asked, count = recipe.batch, len(train)
+    batch = count if asked == "all" or isinstance(asked, BatchTokens) else min(asked, count)
+    epochs = min(math.ceil(recipe.epochs or LOOKED_EPOCHS), LOOKED_EPOCHS, max(1, LOOKED_EXAMPLES // count))
+    tokens = asked.tokens if isinstance(asked, BatchTokens) else None
+    return int(train.lengths[largest_batch(train.lengths, recipe.seed, epochs, batch, tokens)].sum())
 
 
 def _two(loaded: Loaded) -> tuple[Inputs, torch.Tensor]:

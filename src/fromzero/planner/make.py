@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import replace
 
 from fromzero.data import TextFacts, count_batches
 from fromzero.errors import Fault, PlanRefused, RecipeError
 from fromzero.optim import lr_multiplier
-from fromzero.planner.cost import run_seconds, training_bytes
+from fromzero.planner.cost import disk, memory, peak_bytes, run_seconds, trained_values
 from fromzero.planner.values import Choice, Facts, Finding, Plan, TrainRow
+from fromzero.planner.ways import alternatives, choose_way, score_rows
 from fromzero.planner.xray import findings
 from fromzero.recipe.schema import BatchTokens, Recipe
 from fromzero.report.summary import format_bytes
 
-_WIDTH = {"float32": 4, "float64": 8, "bf16": 4}  # bytes of a master weight
-PATH_ERROR = 1e-4  # relative; float32 sums in another order stay far below
-SCORE_BYTES = 2**26  # of scores over a vocabulary at once: rows enough for full speed, and never a whole batch of a large vocabulary
-PIECE_TOKENS = 768  # at once, where adapters learn: larger pieces take more memory and were no faster on a CPU
-_SHARE = 0.8  # of the free memory
+COMPILE_PAYS = 600.0  # seconds of a run on cuda above which compiling is taken to pay
+_KEPT_SHARE = 0.2  # of the free memory, for what the frozen part says
 
 
 def make(recipe: Recipe, facts: Facts) -> Plan:
@@ -27,58 +27,68 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
     steps = recipe.steps or max(1, round(_epochs(recipe, facts) * steps_per_epoch))
     every = steps_per_epoch if recipe.evaluate.every == "epoch" else recipe.evaluate.every
     evaluations = math.ceil(steps / every) if data.validation else 0
-    trains = _trains(recipe, facts)
-    still = set(facts.frozen.parameters)
-    trainable = sum({p: n for layer in facts.model.layers for p, n in layer.tensors.items() if p not in still}.values())
-    precision, precision_choice = _precision(recipe, facts)
-    micro, micro_choice, trouble = _micro_batch(recipe, facts, batch, trainable, precision)
-    pieces = _piece_tokens(recipe, facts, batch, micro)
-    rows = _score_rows(recipe, facts, batch)
-    attention, why = _attention(facts)
-    lowrank, merged = _lowrank(recipe, facts)
-    prefix, why_prefix = _prefix(recipe, facts, again=steps > steps_per_epoch)
+    trainable, precision = trained_values(facts), _precision(recipe, facts)
+    attention, adapters = _attention(facts), _lowrank(recipe, facts)
+    prefix, kept = _prefix(recipe, facts, again=steps > steps_per_epoch)
+    chosen = choose_way(recipe, facts, batch, kept)
+    compiled = _compile(recipe, facts, steps)
     threads = facts.machine.threads if recipe.limits.threads == "auto" else min(recipe.limits.threads, facts.machine.threads)
+    rows = score_rows(recipe, facts, batch)
     choices = (
         Choice("device", facts.machine.device, _device_reason(recipe, facts)),
         Choice("threads", threads, "limits.threads" if recipe.limits.threads != "auto" else "every core this process may use"),
         Choice("allocator", "keeps freed memory" if facts.machine.keeps_memory else "as it is", _allocator_reason(facts)),
-        precision_choice,
-        *([Choice("attention", attention, why)] if attention else []),
-        *([Choice("frozen part", "kept" if prefix else "run each time", why_prefix)] if why_prefix else []),
-        *([Choice("adapters", lowrank, merged)] if lowrank else []),
-        micro_choice
-        if pieces is None
-        else Choice("micro_batch", f"{pieces} tokens", f"of at most {_worst(recipe, facts, batch)} a step; one division"),
+        precision,
+        *(choice for choice in (prefix, attention, adapters, compiled) if choice is not None),
+        *chosen.choices,
         *([Choice("scores", f"{rows} rows", "of trained tokens at once; all scores of a batch are never in memory")] if rows else []),
     )
-    found = [*([] if trainable else [_nothing_trains(facts)]), *trouble, *findings(recipe, facts)]
-    plain = micro >= batch and pieces is None and rows is None and lowrank != "merged" and not prefix
-    return Plan(
+    written = disk(recipe, facts)
+    trouble = [*([] if trainable else [_nothing_trains(facts)]), *chosen.trouble, *_no_disk(facts, sum(written.values()))]
+    seconds = run_seconds(recipe, facts, steps, evaluations, chosen.way)
+    plan = Plan(
         recipe=recipe,
         facts=facts,
         device=facts.machine.device,
         threads=threads,
         keep_memory=facts.machine.keeps_memory,
-        precision=precision,
-        attention=attention,
-        prefix=prefix,
-        lowrank=lowrank,
+        precision=str(precision.value),
+        attention=str(attention.value) if attention else "",
+        prefix=str(prefix.value) if kept and prefix else "",
+        lowrank=str(adapters.value) if adapters else "",
         batch=batch,
         batch_tokens=batch_tokens,
-        micro_batch=micro,
-        micro_tokens=pieces,
+        micro_batch=chosen.micro_batch,
+        micro_tokens=chosen.micro_tokens,
         score_rows=rows,
+        judged=chosen.way.judged,
+        checkpointed=chosen.way.checkpointed,
+        compiled=compiled is not None and compiled.value == "on",
         steps_per_epoch=steps_per_epoch,
         steps=steps,
         evaluate_every=every,
-        grade="precision" if precision == "bf16" else "bitwise" if plain else "reordered",
+        grade="",
         choices=choices,
-        trains=trains,
+        trains=_trains(recipe, facts),
         trainable_parameters=trainable,
-        findings=tuple(found),
-        predicted_seconds=run_seconds(facts, steps, batch, evaluations, kept=bool(prefix)),
-        predicted_peak_bytes=facts.measured.peak_bytes if facts.measured else None,
+        alternatives=tuple(alternatives(recipe, facts, chosen, batch, steps)),
+        findings=(*trouble, *findings(recipe, facts)),
+        seconds=seconds,
+        disk=written,
+        memory=memory(recipe, facts, chosen.way),
+        predicted_seconds=sum(seconds.values()) if seconds else None,
+        predicted_peak_bytes=peak_bytes(recipe, facts, chosen.way),
     )
+    return replace(plan, grade=_grade(plan))
+
+
+def _grade(plan: Plan) -> str:
+    """How equal the plan's way is to the plain one: by what it does, and by what the certificate measured."""
+    seen = plan.facts.measured
+    certificate = seen.certificate if seen is not None else None
+    if plan.precision == "bf16":
+        return "precision"
+    return "bitwise" if not plan.fast_ways or (certificate is not None and certificate.tensor == "") else "reordered"
 
 
 def _nothing_trains(facts: Facts) -> Finding:
@@ -86,6 +96,12 @@ def _nothing_trains(facts: Facts) -> Finding:
     if facts.model.parameters:
         what, mend = "every parameter is frozen", "leave the head free, or set freeze: none"
     return Finding("error", "nothing-trains", what, "no step could change anything", mend)
+
+
+def _no_disk(facts: Facts, needed: int) -> Iterator[Finding]:
+    if facts.disk_bytes and needed > facts.disk_bytes:
+        what = f"checkpoints and model need {format_bytes(needed)} on the disk, {format_bytes(facts.disk_bytes)} are free"
+        yield Finding("error", "disk", what, "the run would stop when it saves", "make room, set save.keep: 1, or --runs on another disk")
 
 
 def refuse(plan: Plan) -> Plan:
@@ -120,37 +136,47 @@ def _allocator_reason(facts: Facts) -> str:
     return "only glibc on a CPU can be told to keep what is freed"
 
 
-def _precision(recipe: Recipe, facts: Facts) -> tuple[str, Choice]:
+def _precision(recipe: Recipe, facts: Facts) -> Choice:
     if recipe.precision == "auto":
-        chosen = "bf16" if facts.machine.bf16 else "float32"
-        return chosen, Choice(
-            "precision", chosen, "precision: auto, and the device " + ("has bf16" if facts.machine.bf16 else "has no fast bf16")
-        )
-    return recipe.precision, Choice("precision", recipe.precision, "the recipe's")
+        has = facts.machine.bf16
+        return Choice("precision", "bf16" if has else "float32", f"precision: auto, and the device has {'' if has else 'no fast '}bf16")
+    return Choice("precision", recipe.precision, "the recipe's")
 
 
-def _attention(facts: Facts) -> tuple[str, str]:
-    """The path of attention over documents end to end, and why; a fast one only while trial steps show it equal to the plain one."""
+def _attention(facts: Facts) -> Choice | None:
+    """The path of attention over documents end to end; a fast one only while the certificate shows it equal to the plain one."""
     if not facts.model.attends:
-        return "", ""
+        return None
     fast = "varlen" if facts.machine.device == "cuda" else "documents"
-    return _fast_if_equal(facts, fast, "fused, for all documents of one length at once")
+    return _unless_refused(facts, "attention", fast, "fused, for all documents of one length at once")
 
 
-def _lowrank(recipe: Recipe, facts: Facts) -> tuple[str, str]:
+def _lowrank(recipe: Recipe, facts: Facts) -> Choice | None:
     """The path of adapters, as with attention."""
     asked = recipe.adapter
     if asked is None:
-        return "", ""
+        return None
     if asked.dropout:
-        return "plain", "adapter.dropout acts on their inputs alone"
+        return Choice("adapters", "plain", "adapter.dropout acts on their inputs alone")
     if asked.base != "full" or asked.name == "dora":
-        return "plain", f"adapter.{'base' if asked.base != 'full' else 'name'}: two thin products beside each matrix"
-    return _fast_if_equal(facts, "merged", "W + s·B·A once a step, one product a layer")
+        what = f"adapter.{'base' if asked.base != 'full' else 'name'}: two thin products beside each matrix"
+        return Choice("adapters", "plain", what)
+    return _unless_refused(facts, "adapters", "merged", "W + s·B·A once a step, one product a layer")
 
 
-def _prefix(recipe: Recipe, facts: Facts, *, again: bool) -> tuple[str, str]:
-    """Whether what the head reads is computed once and kept, and why or why not; nothing to say where more than a head learns.
+def _compile(recipe: Recipe, facts: Facts, steps: int) -> Choice | None:
+    """Whether the model's code is compiled; nothing to say where nobody asked and it is not known to pay."""
+    asked, seen = recipe.limits.compile, facts.measured
+    pays = facts.machine.device == "cuda" and seen is not None and steps * seen.step_seconds > COMPILE_PAYS
+    if asked == "never" or (asked == "auto" and not pays):
+        return None
+    why = "limits.compile" if asked == "always" else "a long run on cuda wins back the minutes that compiling takes; not measured"
+    choice = _unless_refused(facts, "compile", "on", why)
+    return choice if choice.value == "on" else replace(choice, value="off")
+
+
+def _prefix(recipe: Recipe, facts: Facts, *, again: bool) -> tuple[Choice | None, int]:
+    """Whether what the head reads is computed once and kept, why or why not, and its bytes; nothing to say where more than a head learns.
 
     again:  examples are taken more than once
     """
@@ -159,28 +185,32 @@ def _prefix(recipe: Recipe, facts: Facts, *, again: bool) -> tuple[str, str]:
     still = set(facts.frozen.parameters)
     free = {p for other in model.layers for p in other.tensors if p not in still}
     if layer is None or not still or free != set(layer.tensors) or recipe.predicts_tokens or recipe.adapter is not None:
-        return "", ""
-    if recipe.data.augment is not None:
-        return "", "data.augment changes the inputs every epoch"
-    if facts.data.kind == "items":
-        return "", "a dataset of your own may give something else each time"
+        return None, 0
     examples = facts.data.train + facts.data.validation
-    if not again:
-        return "", "no example is taken twice"
     needs = 4 * examples * max(layer.tensors.values()) // max(model.output_shape[-1] if model.output_shape else 1, 1)
-    if needs > facts.machine.memory_bytes * _SHARE / 4:
-        return "", f"what the head reads of all examples is {format_bytes(needs)}"
-    chosen, why = _fast_if_equal(facts, "kept", f"what the head reads is computed once, {format_bytes(needs)}")
-    return (chosen, why) if chosen == "kept" else ("", why.replace("kept path", "head fed with what is kept"))
+    no = ""
+    if recipe.data.augment is not None:
+        no = "data.augment changes the inputs every epoch"
+    elif facts.data.kind == "items":
+        no = "a dataset of your own may give something else each time"
+    elif not again:
+        no = "no example is taken twice"
+    elif needs > facts.machine.memory_bytes * _KEPT_SHARE:
+        no = f"what the head reads of all examples is {format_bytes(needs)}"
+    if no:
+        return Choice("frozen part", "run each time", no), 0
+    choice = _unless_refused(facts, "frozen part", "kept", f"what the head reads is computed once, {format_bytes(needs)}")
+    return (choice, needs) if choice.value == "kept" else (replace(choice, value="run each time"), 0)
 
 
-def _fast_if_equal(facts: Facts, fast: str, what: str) -> tuple[str, str]:
-    error = None if facts.measured is None else facts.measured.path_errors.get(fast)
-    if error is None:
-        return fast, f"{what}; not yet compared with the plain path"
-    if error > PATH_ERROR:
-        return "plain", f"the {fast} path differs by {error:.1e} of the largest gradient"
-    return fast, f"{what}; loss and gradients within {error:.1e} of the plain path, measured here"
+def _unless_refused(facts: Facts, name: str, fast: str, what: str) -> Choice:
+    """The fast way, unless the certificate found that it computes something else."""
+    certificate = None if facts.measured is None else facts.measured.certificate
+    if certificate is not None and name in certificate.refused:
+        return Choice(
+            name, "plain", f"{fast} was refused: gradients {certificate.refused[name]:.1e} apart, {certificate.bound:.1e} allowed"
+        )
+    return Choice(name, fast, what)
 
 
 def _batch(recipe: Recipe, facts: Facts) -> tuple[int, int | None, int]:
@@ -204,72 +234,3 @@ def _text_of(text: TextFacts | None, key: str) -> TextFacts:
     if text is None:
         raise RecipeError("counts tokens, but the data is no text", mend="count samples: batch: 64, epochs: 10", key=key)
     return text
-
-
-def _worst(recipe: Recipe, facts: Facts, batch: int) -> int:
-    """Most tokens that a batch can have."""
-    longest = facts.data.text.longest if facts.data.text else 0
-    return 2 * recipe.batch.tokens + longest if isinstance(recipe.batch, BatchTokens) else batch * longest
-
-
-def _piece_tokens(recipe: Recipe, facts: Facts, batch: int, micro: int) -> int | None:
-    """Most tokens at once, where a batch of text may be cut and gains by it."""
-    text, may_not = facts.data.text, facts.model.random or facts.model.coupled
-    if text is None or may_not or not facts.model.token_bytes or micro < batch or recipe.adapter is None:
-        return None
-    most = max(PIECE_TOKENS, text.longest)
-    return most if _worst(recipe, facts, batch) > most else None
-
-
-def _score_rows(recipe: Recipe, facts: Facts, batch: int) -> int | None:
-    if not recipe.predicts_tokens or facts.model.foreign:
-        return None
-    vocabulary = facts.model.output_shape[-1] if facts.model.output_shape else 1
-    rows = max(16, SCORE_BYTES // (4 * vocabulary))
-    return rows if rows < max(_worst(recipe, facts, batch), 4096) else None
-
-
-def _micro_batch(recipe: Recipe, facts: Facts, batch: int, trainable: int, precision: str) -> tuple[int, Choice, list[Finding]]:
-    """The most samples at once that fit, within limits.micro_batch; the whole batch where it may not be cut."""
-    width = _WIDTH[precision]
-    limit = facts.machine.memory_bytes * _SHARE if recipe.limits.memory == "auto" else recipe.limits.memory
-    name = recipe.optimizer.name
-    base = training_bytes(facts, name, trainable, 0, width) + facts.data.bytes
-    sample = max(1, training_bytes(facts, name, trainable, 1, width) - training_bytes(facts, name, trainable, 0, width))
-    fits = int((limit - base) // sample)
-    asked = batch if recipe.limits.micro_batch == "auto" else recipe.limits.micro_batch
-    micro = max(1, min(batch, asked, fits))
-    price = f"about {format_bytes(base + micro * sample)}"
-    if fits < 1:
-        needed = base + sample
-        return (
-            1,
-            Choice("micro_batch", 1, "nothing fits", price),
-            [
-                Finding(
-                    "error",
-                    "memory",
-                    f"one sample needs about {format_bytes(needed)}, the limit is {format_bytes(int(limit))}",
-                    mend=f"raise limits.memory to {math.ceil(needed / 1e6)}MB, or take a smaller model",
-                )
-            ],
-        )
-    if micro >= batch:
-        return batch, Choice("micro_batch", batch, "the whole batch fits", price), []
-    why = "limits.micro_batch" if micro == asked else "limits.memory"
-    coupled = [layer for layer in facts.model.coupled if layer not in facts.frozen.layers]
-    if coupled or facts.model.random:
-        what = (
-            f"{coupled[0]} mixes the samples of a batch (BatchNorm)"
-            if coupled
-            else "the model draws random numbers in training (dropout), which cutting would change"
-        )
-        error = Finding(
-            "error",
-            "batch-not-cut",
-            f"a batch of {batch} would be cut into pieces of {micro} ({why}), but {what}",
-            "the plan never changes the mathematics",
-            f"set batch: {micro}, raise {why}, or take these layers out",
-        )
-        return batch, Choice("micro_batch", batch, "may not be cut", price), [error]
-    return micro, Choice("micro_batch", micro, f"{why}: {math.ceil(batch / micro)} pieces a step, one division", price), []

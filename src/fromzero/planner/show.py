@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from fromzero.planner.values import Plan
+from fromzero.planner.values import Alternative, Choice, Plan
 from fromzero.report.summary import format_bytes, format_count, format_seconds
 
 WIDTH = 80
@@ -37,10 +37,6 @@ def show(plan: Plan) -> str:
     )
     lines += _node("stages", *_stages(plan))
     lines += _node("loss", recipe.loss_name, "the recipe's" if recipe.loss else f"usual for {recipe.task}")
-    spec = recipe.optimizer
-    lines += _node(
-        "update", f"{spec.name}, lr {spec.lr:g}, {recipe.schedule.name}", f"clip {recipe.clip:g}" if recipe.clip else "no clipping"
-    )
     lines += _node(
         "batch",
         f"{format_count(plan.batch)} samples a step"
@@ -48,29 +44,80 @@ def show(plan: Plan) -> str:
         else f"about {format_count(plan.batch_tokens)} tokens a step",
         "gradient descent: the whole training set" if recipe.batch == "all" else "the recipe's",
     )
-    for name in ("frozen part", "micro_batch", "device", "threads", "allocator", "precision", "attention", "adapters", "scores"):
-        choice = chosen.get(name)
-        lines += [] if choice is None else _node(name, str(choice.value), choice.reason + (f"; {choice.price}" if choice.price else ""))
+    for name in ("device", "threads", "allocator", "precision", "compile", "frozen part"):
+        lines += _choice(chosen.get(name), _cost(plan, "frozen part", "frozen part") if name == "frozen part" else "")
+    lines += _node("step", f"{format_count(plan.steps)} of them, forward and backward", _cost(plan, "step", "activations", "gradients"))
+    for name in ("micro_batch", "checkpointing", "attention", "adapters", "scores"):
+        lines += _choice(chosen.get(name))
+    spec = recipe.optimizer
+    clipped = f"clip {recipe.clip:g}" if recipe.clip else "no clipping"
+    lines += _node("update", f"{spec.name}, lr {spec.lr:g}, {recipe.schedule.name}; {clipped}", _cost(plan, "update", "optimizer"))
     lines += _node(
         "length", f"{format_count(plan.steps)} steps = {plan.epochs:.4g} epochs of {format_count(plan.steps_per_epoch)}", _ending(plan)
     )
-    lines += _node(
-        "equality",
-        plan.grade,
-        {
-            "bitwise": "the plain way itself",
-            "reordered": "only the order of float additions differs from the plain way",
-            "precision": "the recipe asked for it",
-        }[plan.grade],
-    )
+    lines += _node("evaluate", f"{format_count(facts.data.validation)} examples each time", _cost(plan, "evaluate", "evaluation"))
+    lines += _node("save", f"{format_bytes(sum(plan.disk.values()))} on the disk", _parts(plan.disk))
+    lines += _node("equality", plan.grade, _equality(plan))
     seconds = "not measured" if plan.predicted_seconds is None else format_seconds(plan.predicted_seconds)
     peak = "" if plan.predicted_peak_bytes is None else f", peak memory {format_bytes(plan.predicted_peak_bytes)}"
-    lines += [f"└─ predicted: {seconds}{peak}", "", *_table(plan)]
+    lines += [f"└─ predicted: {seconds}{peak}"]
+    lines += _wrapped(f"memory: {_parts(plan.memory)}; measured beyond that: {_beyond(plan)}", "     ")
+    if plan.alternatives:
+        lines += ["", "not taken"]
+        for other in plan.alternatives:
+            lines += _wrapped(f"· {other.name}: {_price(other)}{other.why_not}", "  ", hang=4)
+    lines += ["", *_table(plan)]
     if plan.findings:
         lines += ["", "findings"]
         for finding in plan.findings:
             lines += _wrapped(f"{_SIGNS[finding.severity]} {finding}", "  ", hang=4)
     return "\n".join(lines)
+
+
+def _choice(choice: Choice | None, cost: str = "") -> list[str]:
+    if choice is None:
+        return []
+    return _node(choice.name, str(choice.value), "; ".join(part for part in (choice.reason, choice.price, cost) if part))
+
+
+def _cost(plan: Plan, seconds: str, *memory: str) -> str:
+    """What a part of a run takes: of its time, and of the memory at the highest moment."""
+    parts = [format_seconds(plan.seconds[seconds])] if plan.seconds.get(seconds) else []
+    return ", ".join(parts + [f"{name} {format_bytes(plan.memory[name])}" for name in memory if plan.memory.get(name)])
+
+
+def _parts(values: dict[str, int]) -> str:
+    return ", ".join(f"{name} {format_bytes(value)}" for name, value in values.items() if value)
+
+
+def _beyond(plan: Plan) -> str:
+    seen = plan.facts.measured
+    return "nothing was measured" if seen is None else format_bytes(max((plan.predicted_peak_bytes or 0) - sum(plan.memory.values()), 0))
+
+
+def _price(other: Alternative) -> str:
+    """More or less than the plan, of time and memory, where it is known"""
+    parts = [] if other.seconds is None else [f"{'+' if other.seconds >= 0 else '−'}{format_seconds(abs(other.seconds))}"]
+    parts += [] if not other.bytes else [f"{'+' if other.bytes >= 0 else '−'}{format_bytes(abs(other.bytes))}"]
+    return ", ".join(parts) + "; " if parts else ""
+
+
+def _equality(plan: Plan) -> str:
+    """What the grade means, and what the certificate measured."""
+    meaning = {
+        "bitwise": "the plain way itself" if not plan.fast_ways else "every bit as in the plain way",
+        "reordered": "only the order of float additions differs from the plain way",
+        "precision": "the recipe asked for it",
+    }[plan.grade]
+    seen = plan.facts.measured
+    if plan.recipe.certificate == "off":
+        return f"{meaning}; not checked: certificate: off"
+    if seen is None or seen.certificate is None:
+        return f"{meaning}; not checked yet"
+    found = seen.certificate
+    apart = "equal bit for bit" if not found.tensor else f"gradients {found.error:.1e} apart, {found.bound:.1e} allowed"
+    took = f"checked on {found.samples} samples against {found.plain} in {format_seconds(seen.seconds)}, trial steps included"
+    return f"{meaning}; {took}: {apart}"
 
 
 def _stages(plan: Plan) -> tuple[str, str]:

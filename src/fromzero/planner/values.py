@@ -17,39 +17,88 @@ from fromzero.tuning import Frozen
 
 @dataclass(frozen=True)
 class Measured:
-    """What a few steps on real data showed; the state they changed was thrown away.
+    """What a few steps on real data showed; the state they changed was thrown away. Steps are those of a batch of mean size.
 
     losses: one batch, before each of some updates, in training mode.  silent: trainable tensors with no gradient
     """
 
     step_seconds: float
-    evaluate_seconds: float  # of one batch
+    fetch_seconds: float  # of a step, to make its batch
+    update_seconds: float  # of a step, the optimizer
+    piece_seconds: float  # what each piece of a batch costs beside its samples
+    evaluate_seconds: float  # of all validation data
+    sample_seconds: float  # of the texts that are written to read along
     losses: tuple[float, ...]
     silent: tuple[str, ...]
-    peak_bytes: int
-    batch: int
-    kept_step_seconds: float | None = None  # of a step that starts at the head; None where none can
+    beyond_bytes: int  # what the largest batch needed in memory beyond what was counted
+    planning_bytes: int  # most that planning held
+    spread: tuple[float, float] = (1.0, 1.0)  # fastest and slowest trial step, relative to step_seconds
+    seconds: float = 0.0  # that trial steps and certificate took
+    kept_step_seconds: float | None = None  # of a step that starts behind the frozen part; None where none can
     pass_seconds: float | None = None  # of one example through what stands still
-    path_errors: dict[str, float] = field(
-        default_factory=dict
-    )  # fast path → its distance from the plain one, relative to the largest gradient
+    certificate: Certificate | None = None
+
+    @property
+    def gradient_seconds(self) -> float:
+        return self.step_seconds - self.fetch_seconds - self.update_seconds
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """How far loss and gradients of the chosen way lie from those of the plain way, on one batch.
+
+    error:      of the tensor that is farthest, relative to its largest gradient.  bound: what another order of additions explains
+    tensor:     that tensor; "" where all are equal bit for bit
+    refused:    choice → its error, for choices that made more of a difference than that
+    plain:      what the plain way was: so many samples, one at a time or together, with nothing chosen
+    """
+
+    error: float
+    bound: float
+    tensor: str
+    loss_error: float
+    samples: int
+    plain: str
+    refused: dict[str, float] = field(default_factory=dict)
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Facts:
+    """held_bytes: what the process holds before it trains.  disk_bytes: free where the runs are; 0 where nobody looked
+    largest: tokens of the run's largest batch; 0 where they are not counted"""
+
     machine: MachineFacts
     data: DataFacts
     model: ModelFacts
     frozen: Frozen
     adapted: dict[str, tuple[int, ...]] = field(default_factory=dict)  # Linears beside which adapters learn → rows of their parts
+    held_bytes: int = 0
+    disk_bytes: int = 0
+    largest: int = 0
     measured: Measured | None = None
+
+    @property
+    def reads_text(self) -> bool:
+        return self.data.text is not None and self.model.token_bytes > 0
+
+    @property
+    def may_not_be_cut(self) -> str:
+        """What makes a batch in pieces another one; empty where nothing does."""
+        if coupled := [layer for layer in self.model.coupled if layer not in self.frozen.layers]:
+            return f"{coupled[0]} mixes the samples of a batch (BatchNorm)"
+        if self.measured and self.measured.certificate and "micro_batch" in self.measured.certificate.refused:
+            return "its samples were seen to change each other's gradients"
+        return "the model draws random numbers in training (dropout), which cutting would change" if self.model.random else ""
 
     def with_measured(self, measured: Measured) -> Facts:
         return replace(self, measured=measured)
 
     def with_noted(self, values: dict[str, Any]) -> Facts:
-        """With what an earlier plan measured, as its JSON.  raises: ValueError"""
-        return self.with_measured(TypeAdapter(Measured).validate_python(values))
+        """With what an earlier plan measured, and the memory that it went by, as the JSON of its facts.  raises: ValueError, KeyError"""
+        machine = replace(self.machine, memory_bytes=int(values["machine"]["memory_bytes"]))
+        measured = None if values["measured"] is None else TypeAdapter(Measured).validate_python(values["measured"])
+        return replace(self, machine=machine, held_bytes=int(values["held_bytes"]), measured=measured)
 
 
 @dataclass(frozen=True)
@@ -74,6 +123,16 @@ class Choice:
     value: Any
     reason: str
     price: str = ""
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """What was not chosen. seconds, bytes: of the whole run and at its peak, more or less than the plan's; None where nobody knows."""
+
+    name: str
+    why_not: str
+    seconds: float | None = None
+    bytes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,6 +165,9 @@ class Plan:
     micro_batch: int
     micro_tokens: int | None
     score_rows: int | None
+    judged: int  # samples at once where nothing is kept for a backward pass, or tokens of text
+    checkpointed: tuple[str, ...]  # stages that keep only their input, and run again in the backward pass
+    compiled: bool
     steps_per_epoch: int
     steps: int
     evaluate_every: int  # optimizer steps
@@ -113,13 +175,44 @@ class Plan:
     choices: tuple[Choice, ...]
     trains: tuple[TrainRow, ...]
     trainable_parameters: int
+    alternatives: tuple[Alternative, ...]
     findings: tuple[Finding, ...]
+    seconds: dict[str, float]  # predicted, by what they are for; empty where nothing was measured
+    disk: dict[str, int]  # bytes that the run leaves, by what they are for
+    memory: dict[str, int]  # bytes at the highest moment, by what they are for; counted, not measured
     predicted_seconds: float | None
     predicted_peak_bytes: int | None
 
     @property
     def epochs(self) -> float:
         return self.steps / self.steps_per_epoch
+
+    @property
+    def fast_ways(self) -> tuple[str, ...]:
+        """The choices that another plan might do without: what the certificate switches off one by one to find a culprit."""
+        taken = {
+            "compile": self.compiled,
+            "frozen part": bool(self.prefix),
+            "attention": self.attention not in ("", "plain"),
+            "adapters": self.lowrank not in ("", "plain"),
+            "checkpointing": bool(self.checkpointed),
+            "scores": self.score_rows is not None,
+            "micro_batch": self.micro_batch < self.batch or self.micro_tokens is not None,
+        }
+        return tuple(name for name, there in taken.items() if there)
+
+    def without(self, *names: str) -> Plan:
+        """The same plan with some of its fast ways switched off."""
+        plain: dict[str, dict[str, Any]] = {
+            "compile": {"compiled": False},
+            "frozen part": {"prefix": ""},
+            "attention": {"attention": "plain"},
+            "adapters": {"lowrank": "plain"},
+            "checkpointing": {"checkpointed": ()},
+            "scores": {"score_rows": None},
+            "micro_batch": {"micro_batch": self.batch, "micro_tokens": None},
+        }
+        return replace(self, **{key: value for name in names for key, value in plain[name].items()})
 
     def as_json(self) -> dict[str, Any]:
         values: dict[str, Any] = _ADAPTER.dump_python(self, mode="json", by_alias=True, exclude={"recipe"})

@@ -26,7 +26,6 @@ _INTEGER = re.compile(r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+")
 _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _SPECIAL = {".inf": float("inf"), "+.inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
-_LATER = (("certificate",),)
 _TAGS = frozenset(["map", "seq", "str", "int", "float", "bool", "null", "timestamp", "merge", "value"])
 
 KeyPath = tuple[Any, ...]
@@ -329,8 +328,6 @@ def _real_path(loc: Sequence[Any], values: Any) -> tuple[KeyPath, Any]:
 def _where_it_belongs(path: KeyPath) -> str:
     """The nearest key, in this section first, then in any."""
     key = str(path[-1])
-    if path in _LATER:
-        return f"{key} is not there yet; remove it"
     here = [p[-1] for p in known_keys() if p[:-1] == path[:-1]]
     close = nearest(key, here)
     if close:

@@ -352,6 +352,9 @@ class Limits(Section):
     micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="most samples in memory at once")
     threads: Annotated[int, Field(ge=1)] | Literal["auto"] = Field("auto", description="CPU threads")
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto: cuda where there is one, else cpu")
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="torch.compile; auto: only in long runs on cuda, for on a CPU it did not pay"
+    )
 
     @field_validator("memory", mode="before")
     @classmethod
@@ -417,6 +420,7 @@ class Recipe(Section):
     )
     save: Annotated[Save, short_for("every")] = Field(Save(), description="when to write a checkpoint")
     limits: Limits = Field(Limits(), description="what the planner may use")
+    certificate: Literal["on", "off"] = Field("on", description="check before training that the plan's way equals the plain way")
     trust: tuple[Literal["hub"], ...] = Field((), description="code that a source brings along and may run: none, or [hub]")
     report: tuple[Literal["console", "page", "tensorboard"], ...] = Field(
         ("console", "page"), description="console, page (curves as HTML in the run's folder), tensorboard"

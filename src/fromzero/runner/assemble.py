@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fromzero.data import Augmentation, ChatFormat, Classes, Examples, Loaded
 from fromzero.data.opening import find_path
 from fromzero.errors import ModelError, RecipeError
-from fromzero.models import Blueprint, Decoder, Sizes, blueprint_of_file, blueprint_of_name, blueprint_of_object, choose_path, seeded
+from fromzero.models import Blueprint, Decoder, Sizes, blueprint_of_file, blueprint_of_name, blueprint_of_object, seeded
 from fromzero.models.foreign import hub_name
 from fromzero.objectives import LOSSES, Loss, Metrics
 from fromzero.optim import lr_factor, make_optimizer, parameter_groups
@@ -25,11 +25,11 @@ from fromzero.planner.facts import adapter_options
 from fromzero.planner.values import Plan
 from fromzero.recipe.schema import Given, OwnLoss, Recipe
 from fromzero.runner.judge import Judge
+from fromzero.runner.regions import carry_out
 from fromzero.runner.saved import Adapted, Design, SavedModel, begin_with, find_model
 from fromzero.runner.start import Start, build_published, load_weights
-from fromzero.tuning import Frozen, add_adapters, choose_lowrank_path, freeze, new_head, tensors_digest
+from fromzero.tuning import Frozen, add_adapters, freeze, new_head, tensors_digest
 
-MEASURED_SAMPLES, MEASURED_TOKENS = 256, 4096
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}  # of the master weights
 
 
@@ -163,8 +163,7 @@ def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
         add_adapters(model, plan.facts.adapted, **design.adapted.options, seed=recipe.seed)  # type: ignore[union-attr]
         if recipe.adapter.start is not None:
             begin_with(model, design, _folder_of(recipe.adapter.start, place))
-        choose_lowrank_path(model, plan.lowrank)
-    choose_path(model, plan.attention)
+    carry_out(model, plan)
     freeze(model, frozen)
     spec = recipe.optimizer
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -245,8 +244,7 @@ def make_judge(plan: Plan, loaded: Loaded, place: Place) -> Judge:
 
 def _at_once(plan: Plan, loaded: Loaded) -> int:
     """Samples at once where nothing is kept for a backward pass."""
-    text = loaded.facts.text
-    return max(plan.micro_batch, MEASURED_SAMPLES) if text is None else max(1, MEASURED_TOKENS // text.longest)
+    return max(1, plan.judged // loaded.facts.text.longest) if plan.facts.reads_text and loaded.facts.text else plan.judged
 
 
 def _loss(plan: Plan, loaded: Loaded, place: Place, device: torch.device, dtype: torch.dtype) -> Loss:

@@ -16,11 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fromzero.data import ChatFormat, Loaded, TextExamples, TextFormat
-from fromzero.data.tokens import decode
+from fromzero.data import Loaded
 from fromzero.devices import keep_freed_memory, peak_memory
 from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError
-from fromzero.models.generate import generate
 from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, StepDone, Warned
 from fromzero.runner import checkpoint
@@ -29,12 +27,12 @@ from fromzero.runner.folder import RESULT
 from fromzero.runner.loop import Best, train
 from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.progress import Progress
+from fromzero.runner.samples import samples
 from fromzero.runner.saved import write_model
 from fromzero.sources.cache import write_whole
 from fromzero.tuning import frozen_digest
 
 SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two checkpoints
-SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 48, 0.8
 MOVED_AFTER = 3  # steps: a warm-up may begin at 0, and A beside a B of zeros gets its first gradient one step later
 SAMPLES = "samples.json"
 
@@ -168,17 +166,9 @@ class _Run:
             self.tell(Warned(what, "no gradient reaches them, or their learning rate is too small for their type"))
 
     def sample(self) -> None:
-        """Go on with a few beginnings from the validation data, so that a person can read what has been learned."""
-        recipe, held, form = self.job.plan.recipe, self.job.validation, self.job.saved.preparation.inputs
-        if not recipe.predicts_tokens or not isinstance(held, TextExamples) or not isinstance(form, (TextFormat, ChatFormat)):
-            return
-        stops, warm = (form.stops, 0.0) if isinstance(form, ChatFormat) else ((), SAMPLE_TEMPERATURE)
-        for number in range(min(recipe.evaluate.samples, len(held))):
-            if prompt := held.beginning(number):
-                said = generate(self.job.model, prompt, most=SAMPLE_TOKENS, stops=stops, temperature=warm, seed=recipe.seed)
-                event = Sampled(self.progress.step, decode(form.tokenizer, prompt), decode(form.tokenizer, list(said)))
-                self.samples.append(event)
-                self.tell(event)
+        for event in samples(self.job, self.progress.step):
+            self.samples.append(event)
+            self.tell(event)
 
     def save(self) -> None:
         path = checkpoint.save(self.folder / "checkpoints", self.job, self.progress, self.best, keep=self.job.plan.recipe.save.keep)

@@ -2,135 +2,204 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
-from fromzero.data import Loaded, TextExamples
-from fromzero.devices import give_back_memory, keep_freed_memory, peak_memory
-from fromzero.models import choose_path
-from fromzero.planner.facts import LARGE
+from fromzero.data import Loaded, TextExamples, epoch_order, largest_batch
+from fromzero.devices import forget_peak, give_back_memory, keep_freed_memory, peak_memory
+from fromzero.planner.cost import Way, memory
+from fromzero.planner.facts import LARGE, LOOKED_EPOCHS, LOOKED_EXAMPLES
 from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
-from fromzero.runner.loop import clip, pieces, set_learning_rate
+from fromzero.runner.certificate import certify
+from fromzero.runner.loop import batch_ends, clip, pieces, set_learning_rate
 from fromzero.runner.numbers import gradient_norm
 from fromzero.runner.prefix import head_reads, start_at_head
+from fromzero.runner.samples import sample_seconds
 from fromzero.runner.step import gradients
-from fromzero.tuning import LowRank, choose_lowrank_path, set_training
+from fromzero.tuning import LowRank, set_training
 
 LEAST_STEPS = 4  # the first warms up and is not counted
 MOST_STEPS = 24
 ENOUGH_SECONDS = 0.15  # steps of a small model are many, so that their median means something
-MOST_SECONDS = 3.0
+MOST_SECONDS, MOST_SHARE = 3.0, 0.05  # of trial steps and certificate together: the larger of this and its share of the run
 MOST_SAMPLES = 4096  # of a very large batch a part is measured
+
+
+@dataclass
+class Trial:
+    """Seconds of each step by what they are for, the loss before it, and what got no gradient in the first."""
+
+    whole: list[float]
+    fetch: list[float]
+    update: list[float]
+    losses: list[float]
+    silent: tuple[str, ...]
 
 
 def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
     """Take a few steps on one batch. torch's random state is put back; the given module is never touched."""
+    began = time.perf_counter()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says them once
         torch.manual_seed(plan.recipe.seed)
         torch.set_num_threads(plan.threads)
         if plan.keep_memory:
             keep_freed_memory()
+        before = peak_memory()
         job = assemble(replace(plan, steps=max(plan.steps, MOST_STEPS)), loaded, place)
-        index = torch.arange(min(plan.batch, MOST_SAMPLES))
         set_training(job.model, job.frozen)
-        losses, seconds, silent = _steps(job, index)
-        evaluate_seconds = _evaluation(job, index)
-        errors, peak = _path_errors(job), peak_memory()
-        kept_step, one_pass, kept_error = _from_the_head(job, index) if plan.prefix else (None, None, {})
+        measured = _measured(job, before, began)
         del job
         if plan.facts.model.parameter_bytes > LARGE:
             give_back_memory()
-    return Measured(
-        step_seconds=statistics.median(seconds),
-        evaluate_seconds=evaluate_seconds,
-        losses=tuple(losses[:LEAST_STEPS]),
-        silent=silent,
-        peak_bytes=peak,
-        batch=len(index),
-        kept_step_seconds=kept_step,
-        pass_seconds=one_pass,
-        path_errors=errors | kept_error,
+    return replace(measured, planning_bytes=max(before, peak_memory()), seconds=time.perf_counter() - began)
+
+
+def _measured(job: Job, before: int, began: float) -> Measured:
+    plan, recipe, facts = job.plan, job.plan.recipe, job.plan.facts
+    index, largest, share = _batches(job)
+    forget_peak()
+    trial = _steps(job, index)
+    whole, fetch, update = (share * statistics.median(seconds) for seconds in (trial.whole, trial.fetch, trial.update))
+    one_piece = _piece_seconds(job, index)
+    if len(largest):
+        _gradients(job, largest)
+    evaluate = _evaluation_seconds(job)
+    counted = memory(recipe, facts, _measured_way(job, largest if len(largest) else index))
+    beyond = peak_memory() - sum(counted.values()) + counted["best weights"]
+    job.optimizer.state.clear()
+    fast = sorted(trial.whole)
+    measured = Measured(
+        step_seconds=whole,
+        fetch_seconds=fetch,
+        update_seconds=update,
+        piece_seconds=one_piece,
+        evaluate_seconds=evaluate,
+        sample_seconds=sample_seconds(job),
+        losses=tuple(trial.losses[:LEAST_STEPS]),
+        silent=trial.silent,
+        beyond_bytes=beyond,
+        planning_bytes=before,
+        spread=(share * fast[len(fast) // 10] / whole, share * fast[-1 - len(fast) // 10] / whole),
     )
+    if recipe.certificate == "on" and math.isfinite(trial.losses[-1]):
+        left = max(MOST_SECONDS, MOST_SHARE * plan.steps * whole) - (time.perf_counter() - began)
+        measured = replace(measured, certificate=certify(job, whole / plan.batch, left))
+    if plan.prefix:
+        kept_step, passed = _from_the_head(job, index)
+        measured = replace(measured, kept_step_seconds=kept_step, pass_seconds=passed)
+    return measured
 
 
-def _steps(job: Job, index: torch.Tensor) -> tuple[list[float], list[float], tuple[str, ...]]:
-    losses: list[float] = []
-    seconds: list[float] = []
-    silent: tuple[str, ...] = ()
+def _batches(job: Job) -> tuple[Tensor, Tensor, float]:
+    """A batch to time, the run's largest one where that is another, and the size of a mean batch relative to the first."""
+    plan, train = job.plan, job.train
+    if not isinstance(train, TextExamples):
+        count = min(plan.batch, MOST_SAMPLES)
+        return torch.arange(count), torch.arange(0), len(train) / plan.steps_per_epoch / count
+    order = epoch_order(plan.recipe.seed, 0, len(train))
+    batches = order.tensor_split(torch.tensor(batch_ends(job, order)[:-1]))
+    mean = int(train.lengths.sum()) / len(batches)
+    index = min(batches, key=lambda batch: abs(int(train.lengths[batch].sum()) - mean))[:MOST_SAMPLES]
+    epochs = max(1, min(math.ceil(plan.epochs), LOOKED_EPOCHS, LOOKED_EXAMPLES // len(train)))
+    largest = largest_batch(train.lengths, plan.recipe.seed, epochs, plan.batch, plan.batch_tokens)
+    return index, largest, mean / int(train.lengths[index].sum())
+
+
+def _gradients(job: Job, *parts: Tensor) -> tuple[float, float]:
+    job.optimizer.zero_grad()
+    cut = [piece for part in parts for piece in pieces(job, part, 0)]
+    return gradients(job.stepped, cut, job.judge.loss, job.judge.around, rows=job.plan.score_rows)
+
+
+def _steps(job: Job, index: Tensor) -> Trial:
+    """Steps on one batch, as many as there is time for; the first warms up and is not counted."""
+    whole, fetch, update, losses, silent = [], [], [], [], tuple[str, ...]()
     begun = time.perf_counter()
     for step in range(MOST_STEPS):
         started = time.perf_counter()
+        for piece in pieces(job, index, 0):
+            piece()
+        fetched = time.perf_counter()
         set_learning_rate(job, step)
-        job.optimizer.zero_grad()
-        total, count = gradients(job.stepped, pieces(job, index, 0), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
+        total, count = _gradients(job, index)
         losses.append(total / count if count else float("nan"))
         if step == 0:
-            trained = [(n, p) for n, p in job.model.named_parameters() if p.requires_grad]
-            later = {f"{n}.a" for n, m in job.model.named_modules() if isinstance(m, LowRank)}  # B is zero, so A gets no gradient yet
-            silent = tuple(n for n, p in trained if (p.grad is None or not p.grad.any()) and n not in later)
+            silent = _silent(job)
+        computed = time.perf_counter()
+        norm = gradient_norm(job)
         if job.plan.recipe.clip is not None:
-            clip(job, gradient_norm(job))
+            clip(job, norm)
         job.optimizer.step()
-        seconds.append(time.perf_counter() - started)
-        spent = time.perf_counter() - begun
-        if spent > MOST_SECONDS or (spent > ENOUGH_SECONDS and step + 1 >= LEAST_STEPS):
+        ended = time.perf_counter()
+        fetch.append(fetched - started)
+        update.append(ended - computed)
+        whole.append(ended - fetched)
+        spent, allowed = ended - begun, max(MOST_SECONDS, MOST_SHARE * job.plan.steps * whole[0]) / 2
+        if spent + whole[-1] > allowed or (spent > ENOUGH_SECONDS and step + 1 >= LEAST_STEPS):
             break
-    return losses, seconds[1:] or seconds, silent
+    warm = 1 if len(whole) > 1 else 0
+    return Trial(whole[warm:], fetch[warm:], update[warm:], losses, silent)
 
 
-def _evaluation(job: Job, index: torch.Tensor) -> float:
-    """Seconds that measuring a batch takes, metrics included."""
-    job.judge.measure(job.model, job.train, index)
-    started = time.perf_counter()
-    job.judge.measure(job.model, job.train, index)
-    return time.perf_counter() - started
+def _silent(job: Job) -> tuple[str, ...]:
+    """Trainable tensors that got no gradient; beside a B of zeros A gets none yet"""
+    trained = [(n, p) for n, p in job.model.named_parameters() if p.requires_grad]
+    later = {f"{n}.a" for n, m in job.model.named_modules() if isinstance(m, LowRank)}
+    return tuple(n for n, p in trained if (p.grad is None or not p.grad.any()) and n not in later)
 
 
-def _from_the_head(job: Job, index: torch.Tensor) -> tuple[float, float, dict[str, float]]:
-    """Seconds of a step that starts at the head, seconds of an example's way there, and how far both ways' gradients are apart."""
-    model, few = job.model, index[: min(len(index), 8)]
-    choose_path(model, job.plan.attention)
-    loss, live = _loss_and_gradients(job, few)
+def _piece_seconds(job: Job, index: Tensor) -> float:
+    """What a second piece adds to a batch, where it may be cut."""
+    if job.plan.facts.may_not_be_cut or len(index) < 2:
+        return 0.0
+    half = len(index) // 2
+    times: dict[int, float] = {}
+    for parts in ((index,), (index[:half], index[half:])):
+        began = time.perf_counter()
+        _gradients(job, *parts)
+        times[len(parts)] = time.perf_counter() - began
+    return max(times[2] - times[1], 0.0)
+
+
+def _evaluation_seconds(job: Job) -> float:
+    """Seconds that measuring all validation examples takes, from some of them."""
+    held = job.validation
+    if held is None:
+        return 0.0
+    some = torch.arange(min(len(held), job.judge.batch))
+    job.judge.measure(job.model, held, some[:1])
+    began = time.perf_counter()
+    job.judge.measure(job.model, held, some)
+    spent = time.perf_counter() - began
+    set_training(job.model, job.frozen)
+    if isinstance(held, TextExamples):
+        return spent * int(held.lengths.sum()) / max(int(held.lengths[some].sum()), 1)
+    return spent * len(held) / len(some)
+
+
+def _measured_way(job: Job, index: Tensor) -> Way:
+    """What was in memory at once when these examples were stepped on."""
+    plan = job.plan
+    units = int(job.train.lengths[index].sum()) if isinstance(job.train, TextExamples) else len(index)
+    if not plan.facts.reads_text:
+        units = min(len(index), plan.micro_batch)
+    elif plan.micro_tokens is not None:
+        units = min(units, plan.micro_tokens)
+    return Way(units, plan.score_rows or (min(units, 4096) if plan.recipe.predicts_tokens else 0), plan.checkpointed, judged=plan.judged)
+
+
+def _from_the_head(job: Job, index: Tensor) -> tuple[float, float]:
+    """Seconds of a step that starts at the head, and seconds of an example's way there."""
     begun = time.perf_counter()
     start_at_head(job, head_reads(job, job.train, index), None)
     passed = (time.perf_counter() - begun) / len(index)
-    set_training(model, job.frozen)
-    kept_loss, kept = _loss_and_gradients(job, few)
-    _, seconds, _ = _steps(job, index)
-    return statistics.median(seconds), passed, {"kept": _distance(loss, live, kept_loss, kept)}
-
-
-def _distance(loss: float, plain: list[torch.Tensor], other_loss: float, other: list[torch.Tensor]) -> float:
-    """The largest difference of two ways' losses and gradients, relative to the largest"""
-    largest = max((float(g.abs().max()) for g in plain), default=0.0) or 1.0
-    apart = max((float((a - b).abs().max()) for a, b in zip(plain, other, strict=True)), default=0.0)
-    return max(apart / largest, abs(loss - other_loss) / max(abs(loss), 1.0))
-
-
-def _path_errors(job: Job) -> dict[str, float]:
-    """How far loss and gradients with each fast path lie from those with the plain ones, relative to the largest."""
-    index = job.train.lengths.argsort()[:2] if isinstance(job.train, TextExamples) else torch.arange(2)
-    ways = {path: choose for choose, path in ((choose_path, job.plan.attention), (choose_lowrank_path, job.plan.lowrank)) if path}
-    for choose in ways.values():
-        choose(job.model, "plain")
-    plain_loss, plain = _loss_and_gradients(job, index)
-    errors = {}
-    for path, choose in ways.items():
-        if path != "plain":
-            choose(job.model, path)
-            errors[path] = _distance(plain_loss, plain, *_loss_and_gradients(job, index))
-            choose(job.model, "plain")
-    return errors
-
-
-def _loss_and_gradients(job: Job, index: torch.Tensor) -> tuple[float, list[torch.Tensor]]:
-    torch.manual_seed(job.plan.recipe.seed)  # the same dropout
-    job.optimizer.zero_grad()
-    total, count = gradients(job.stepped, pieces(job, index, 0), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
-    return total / count, [p.grad.clone() for p in job.model.parameters() if p.grad is not None]
+    set_training(job.model, job.frozen)
+    return statistics.median(_steps(job, torch.arange(len(index))).whole), passed

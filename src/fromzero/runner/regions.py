@@ -1,0 +1,52 @@
+"""Regions: a job and a plan in, the same modules carrying that plan out: paths, stages that run again, compiled code.
+
+Weights and names stay; what is done here is undone by carrying out another plan.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from fromzero.models import choose_path
+from fromzero.planner.values import Plan
+from fromzero.tuning import choose_lowrank_path
+
+
+def carry_out(model: nn.Module, plan: Plan) -> None:
+    """Let the modules of a model compute as the plan says."""
+    choose_path(model, plan.attention)
+    choose_lowrank_path(model, plan.lowrank)
+    make_plain(model)
+    for name in plan.checkpointed:
+        stage = model.get_submodule(name)
+        stage.forward = partial(run_again, stage.forward)
+    if plan.compiled:
+        for module in _regions(model, plan.facts.model.stages):
+            module.compile(options={"fallback_random": True})  # dropout draws what it would draw without compiling
+
+
+def run_again(forward, *arguments, **named):  # type: ignore[no-untyped-def]
+    """Keep the inputs of a stage alone; its forward pass runs again before its backward pass, with the same random draws.
+
+    source: arXiv:1604.06174 section 3; torch.utils.checkpoint, non-reentrant
+    """
+    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=True, **named)
+
+
+def make_plain(model: nn.Module) -> None:
+    """Take back what `carry_out` did to stages."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), partial):
+            del module.forward
+        module._compiled_call_impl = None
+
+
+def _regions(model: nn.Module, stages: tuple[str, ...]) -> list[nn.Module]:
+    """The stages that are alike, of which one compilation serves all; else the whole."""
+    modules = [model.get_submodule(name) for name in stages]
+    kinds = [type(module) for module in modules]
+    repeated = [module for module in modules if kinds.count(type(module)) > 2 and list(module.children())]
+    return repeated or [model]
