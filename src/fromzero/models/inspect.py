@@ -67,6 +67,7 @@ class ModelFacts:
     random: bool  # the output in training depends on random draws
     coupled: tuple[str, ...]  # layers that mix the samples of a batch
     attends: bool = False  # with our attention over documents, which has several paths
+    widest: int = 0  # bytes of the largest thing that a layer reads, per sample, or per token where the model reads text
     costs: tuple[StageFacts, ...] = ()  # of the stages in their order, and of the rest
     stages: tuple[str, ...] = ()  # submodules in the order they run; empty where they could not be found
     no_stages: str = ""  # why
@@ -89,6 +90,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
     known = {id(p): n for n, p in twin.named_parameters()}  # a tied tensor has one name
     own = {n: {known[id(p)]: p.numel() for p in modules[n].parameters(recurse=False)} for n in executed}
     layers = tuple(LayerFacts(n, type(modules[n]).__name__, own[n]) for n in executed)
+    units = len(inputs[0]) if len(inputs) == 2 else samples
     used = {p for layer in layers for p in layer.tensors}
     linears = tuple(n for n in executed if isinstance(modules[n], nn.Linear))
     random = _differs(twin, inputs)
@@ -102,9 +104,8 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
         output_shape=tuple(outputs.shape[1:]),
         activation_bytes=sum(cost[0] for cost in watch.costs.values()) // samples,
         token_bytes=sum(cost[0] for cost in watch.costs.values()) // len(inputs[0]) if len(inputs) == 2 else 0,
-        costs=tuple(
-            StageFacts(n, *(c // (len(inputs[0]) if len(inputs) == 2 else samples) for c in cost)) for n, cost in watch.costs.items()
-        ),
+        widest=watch.widest // units,
+        costs=tuple(StageFacts(n, *(c // units for c in cost)) for n, cost in watch.costs.items()),
         head=_head(linears, modules, outputs),
         linears=linears,
         ends_in=_ends_in(outputs),
@@ -126,6 +127,7 @@ class _Watch:
         self.order: list[str] = []
         self.flat_dropout: list[str] = []
         self.costs = {stage: [0, 0, 0] for stage in (*stages, "")}  # bytes kept, bytes given, operations
+        self.widest = 0
         self._stage = ""
         self._counted = 0
         self._leaves = {n: m for n, m in model.named_modules() if not list(m.children()) or list(m.parameters(recurse=False))}
@@ -183,6 +185,7 @@ class _Watch:
     def _note(self, name: str) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
             self.order.append(name)
+            self.widest = max([self.widest, *(a.nbytes for a in arguments if isinstance(a, Tensor))])
             if isinstance(module, nn.Dropout2d) and arguments and isinstance(arguments[0], Tensor) and arguments[0].ndim == 2:
                 self.flat_dropout.append(name)
 

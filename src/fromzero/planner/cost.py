@@ -54,8 +54,8 @@ def memory(recipe: Recipe, facts: Facts, way: Way) -> dict[str, int]:
 
 
 def judged_bytes(facts: Facts) -> int:
-    """What the largest stage holds of a sample or token where nothing is kept for a backward pass."""
-    return max((c.kept + c.given for c in facts.model.costs), default=0)
+    """What a sample or token holds where nothing is kept for a backward pass: what a layer reads, and what it makes of it."""
+    return 2 * facts.model.widest
 
 
 def peak_bytes(recipe: Recipe, facts: Facts, way: Way) -> int:

@@ -67,7 +67,7 @@ def choose_way(recipe: Recipe, facts: Facts, batch: int, kept: int) -> Chosen:
     cut = None if no_cut else _cut(recipe, facts, first, least, limit)
     ways = [way for way in (cut, _checkpointed(recipe, facts, first, limit)) if way is not None]
     if not ways:
-        smallest = replace(plain, units=whole if no_cut else least, checkpointed=_may_run_again(facts))
+        smallest = replace(plain, units=whole if no_cut else least, checkpointed=may_run_again(facts))
         return _refused(recipe, facts, batch, smallest, "", no_cut)
     way = min(ways, key=lambda one: (step_seconds(facts, one, plain, whole) or 0.0, one.checkpointed))
     return _said(recipe, facts, batch, whole, way, limited=way.units < most)
@@ -84,7 +84,8 @@ def score_rows(recipe: Recipe, facts: Facts, batch: int) -> int | None:
 
 def _judged(recipe: Recipe, facts: Facts, way: Way, least: int, limit: int) -> int:
     """Samples or tokens at once in an evaluation: the usual number, or what fits"""
-    usual, one = max(JUDGED[facts.reads_text], least), judged_bytes(facts) * WIDTH[recipe.precision] // 4
+    usual = max(JUDGED[1], least) if facts.reads_text else min(JUDGED[0], max(facts.data.validation, 1))
+    one = judged_bytes(facts) * WIDTH[recipe.precision] // 4
     base = peak_bytes(recipe, facts, replace(way, units=0, rows=0))
     return max(least, min(usual, (limit - base) // max(one, 1)))
 
@@ -99,7 +100,7 @@ def _cut(recipe: Recipe, facts: Facts, way: Way, least: int, limit: int) -> Way 
     return replace(way, units=fits) if fits >= least else None
 
 
-def _may_run_again(facts: Facts) -> tuple[str, ...]:
+def may_run_again(facts: Facts) -> tuple[str, ...]:
     """Stages that say the same when they run twice: none whose statistics would be counted twice."""
     live = [layer for layer in facts.model.coupled if layer not in facts.frozen.layers]
     return tuple(
@@ -112,7 +113,7 @@ def _may_run_again(facts: Facts) -> tuple[str, ...]:
 def _checkpointed(recipe: Recipe, facts: Facts, way: Way, limit: int) -> Way | None:
     """With the fewest operations done twice: stages that save the most bytes for each come first."""
     costs = {cost.name: cost for cost in facts.model.costs}
-    saves = sorted(_may_run_again(facts), key=lambda name: (costs[name].given - costs[name].kept) / max(costs[name].flops, 1))
+    saves = sorted(may_run_again(facts), key=lambda name: (costs[name].given - costs[name].kept) / max(costs[name].flops, 1))
     for count in range(1, len(saves) + 1):
         tried = replace(way, checkpointed=tuple(name for name in facts.model.stages if name in saves[:count]))
         if peak_bytes(recipe, facts, tried) <= limit:
@@ -129,7 +130,7 @@ def _refused(recipe: Recipe, facts: Facts, batch: int, smallest: Way, asked: str
         finding = Finding("error", "batch-not-cut", what, "the plan never changes the mathematics", mend)
     else:
         parts = memory(recipe, facts, smallest)
-        sums = " + ".join(f"{name} {format_bytes(value)}" for name, value in parts.items() if value > needed / 100)
+        sums = " + ".join(f"{name} {format_bytes(value)}" for name, value in parts.items() if 20 * value > needed - facts.held_bytes)
         who = f"a batch of {batch}" if no_cut else "one sample"
         raised = f"raise limits.memory to {math.ceil(needed / 1e6)}MB" if recipe.limits.memory != "auto" else "use a machine with more"
         smaller = _fitting_batch(recipe, facts, batch, smallest, limit) if no_cut else 0
@@ -188,7 +189,7 @@ def alternatives(recipe: Recipe, facts: Facts, chosen: Chosen, batch: int, steps
         yield priced(f"whole batches of up to {format_count(whole)} {unit}", replace(way, units=whole), "no faster, and more memory")
     elif whole > 1 and not way.kept and not facts.may_not_be_cut:
         yield priced(f"pieces of {format_count(-(-whole // 2))} {unit}", replace(way, units=-(-whole // 2)), "memory is enough")
-    again = _may_run_again(facts)
+    again = may_run_again(facts)
     if again and not way.kept and len(again) > len(way.checkpointed):
         yield priced("checkpointing every stage", replace(way, checkpointed=again), "memory is enough")
     if recipe.precision == "float32":

@@ -21,6 +21,7 @@ def findings(recipe: Recipe, facts: Facts) -> tuple[Finding, ...]:
         *_inputs(facts),
         *_model(recipe, facts),
         *_measured(recipe, facts),
+        *_certified(facts),
     ]
     rank = {"error": 0, "warning": 1, "note": 2}
     return tuple(sorted(found, key=lambda finding: rank[finding.severity]))
@@ -339,3 +340,18 @@ def _measured(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
             f"lr {recipe.optimizer.lr:g} is too large",
             f"try optimizer.lr={recipe.optimizer.lr / 10:g}",
         )
+
+
+def _certified(facts: Facts) -> Iterator[Finding]:
+    """What the certificate refused, by name."""
+    found = None if facts.measured is None else facts.measured.certificate
+    for name, error in {} if found is None else found.refused.items():
+        assert found is not None
+        apart = f"its gradients are {error:.1e} apart from the plain way's, another order of additions explains {found.bound:.1e}"
+        if name == "micro_batch":
+            what = "a batch cut into single samples is not the whole batch"
+            mend = "look for a mean over the batch, in the model or in the loss; the plan does not cut this one"
+            yield Finding("warning", "samples-mix", what, apart, mend)
+            continue
+        with_what = f" with torch {facts.machine.torch}" if name == "compile" else ""
+        yield Finding("warning", "refused", f"{name}{with_what} computes something else here", apart, "the run does without it")

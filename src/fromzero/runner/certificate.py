@@ -17,7 +17,7 @@ from torch import Tensor
 from fromzero.data import TextExamples
 from fromzero.planner.values import Certificate, Plan
 from fromzero.runner.assemble import Job
-from fromzero.runner.loop import pieces
+from fromzero.runner.pieces import pieces
 from fromzero.runner.prefix import head_reads, start_at_head
 from fromzero.runner.regions import carry_out
 from fromzero.runner.step import gradients
@@ -37,21 +37,21 @@ def certify(job: Job, sample_seconds: float, budget: float) -> Certificate:
     sample_seconds, budget:  seconds of a step for each sample, and seconds that may be spent; at least two samples are compared
     """
     began, plan = time.perf_counter(), job.plan
-    fits = int(budget / max(PASSES * sample_seconds, 1e-9))
-    index = torch.arange(min(plan.batch, MOST_SAMPLES, max(2, fits), len(job.train)))
+    batches = _batches(job, int(budget / max(PASSES * sample_seconds, 1e-9)))
     together = plan.without(*plan.fast_ways)
     cut = not plan.facts.may_not_be_cut
-    reference = _passed(job, replace(together, micro_batch=1) if cut else together, index, exact=True)
-    bound, refused = _bound(job, index), dict[str, float]()
+    plain = replace(together, micro_batch=1) if cut else together
+    references = [_passed(job, plain, index, exact=True) for index in batches]
+    bound, refused = _bound(job, batches[0]), dict[str, float]()
 
     def distance(tried: Plan) -> Distance:
-        return _farthest(reference, _passed(job, tried, index))
+        return max(_farthest(reference, _passed(job, tried, index)) for index, reference in zip(batches, references, strict=True))
 
     found = distance(plan)
     if found[0] > bound and plan.precision != "bf16":
         if cut and (apart := distance(together)[0]) > bound:  # its samples have to do with each other
             cut, refused = False, {"micro_batch": apart}
-            reference = _passed(job, together, index, exact=True)
+            references = [_passed(job, together, index, exact=True) for index in batches]
         ways = [name for name in plan.fast_ways if name not in refused]
         alone = {name: distance(plan.without(*(other for other in plan.fast_ways if other != name)))[0] for name in ways}
         refused |= {name: error for name, error in alone.items() if error > bound}
@@ -59,10 +59,19 @@ def certify(job: Job, sample_seconds: float, budget: float) -> Certificate:
         if found[0] > bound:  # only together they go wrong
             refused |= dict.fromkeys(ways, found[0])
             found = distance(together)
-    _passed(job, plan, index[:0])
+    _passed(job, plan, batches[0][:0])
     error, tensor, loss_error = found
-    plain = "one sample at a time" if cut else "all samples together"
-    return Certificate(error, bound, tensor, loss_error, len(index), plain, refused, time.perf_counter() - began)
+    against = "one sample at a time" if cut else "all samples together"
+    return Certificate(error, bound, tensor, loss_error, len(batches[0]), against, refused, time.perf_counter() - began)
+
+
+def _batches(job: Job, fits: int) -> list[Tensor]:
+    """A few samples; of compiled code, which is made anew for each size, a whole batch and the last one of an epoch."""
+    plan, size = job.plan, len(job.train)
+    if not plan.compiled:
+        return [torch.arange(min(plan.batch, MOST_SAMPLES, max(2, fits), size))]
+    last = size % plan.batch
+    return [torch.arange(plan.batch), *([torch.arange(last)] if last else [])]
 
 
 def _passed(job: Job, plan: Plan, index: Tensor, *, exact: bool = False) -> tuple[float, Gradients]:

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fromzero.data import Inputs, TextExamples, epoch_batches, epoch_order
-from fromzero.report.events import Evaluated, Event, StepDone
+from fromzero.data import epoch_order
+from fromzero.report.events import Evaluated, Event, StepDone, Warned
 from fromzero.runner.assemble import Job
+from fromzero.runner.memory import gradients_within_memory, what_is_smaller
 from fromzero.runner.numbers import gradient_norm, refuse_what_is_no_number
+from fromzero.runner.pieces import batch_ends
 from fromzero.runner.progress import Progress
-from fromzero.runner.step import Pieces, gradients
 from fromzero.tuning import moving_state, set_training
 
 
@@ -45,7 +46,10 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
             index, epoch = order[progress.index : ends[bisect_right(ends, progress.index)]], progress.epoch
             lr = set_learning_rate(job, progress.step)
             job.optimizer.zero_grad()
-            total, count = gradients(job.stepped, pieces(job, index, epoch), job.judge.loss, job.judge.around, rows=plan.score_rows)
+            total, count = gradients_within_memory(job, index, epoch)
+            if job.plan is not plan:
+                plan = job.plan
+                yield Warned("memory ran out: " + what_is_smaller(plan), "the step was begun anew; nothing was lost and no number changes")
             norm = gradient_norm(job)
             refuse_what_is_no_number(total, count, norm, job, progress, index)
             if recipe.clip is not None:
@@ -55,50 +59,15 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
             progress.seconds = time.perf_counter() - began
             yield StepDone(progress.step, epoch + 1, progress.samples, total / count, lr, float(norm))
             if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
-                yield evaluate_and_keep(job, progress, best, epoch + 1)
+                evaluated = evaluate_and_keep(job, progress, best, epoch + 1)
+                progress.seconds = time.perf_counter() - began
+                yield evaluated
                 if recipe.evaluate.stop_after is not None and progress.without_gain >= recipe.evaluate.stop_after:
                     return
             if stopping():
                 return
             if progress.index == 0:
                 break
-
-
-def batch_ends(job: Job, order: Tensor) -> list[int]:
-    """Where each batch of an epoch ends in its order."""
-    plan, size = job.plan, len(order)
-    if plan.batch_tokens is not None and isinstance(job.train, TextExamples):
-        return [int(end) for end in epoch_batches(job.train.lengths, order, plan.batch_tokens)[1:]]
-    return [*range(plan.batch, size, plan.batch), size]
-
-
-def pieces(job: Job, index: Tensor, epoch: int) -> Pieces:
-    """A batch cut as the plan says; each piece is fetched when it is its turn.  index: (B,)"""
-
-    def fetch(part: Tensor) -> tuple[Inputs, Tensor]:
-        if isinstance(job.train, TextExamples):
-            part = part[job.train.lengths[part].argsort(stable=True)]  # documents of one length are attended to together
-        inputs, targets = job.fed.take(part)
-        if job.augment is not None:
-            inputs = (job.augment(inputs[0], part, seed=job.plan.recipe.seed, epoch=epoch),)
-        return job.judge.on_device(inputs, targets)
-
-    plan = job.plan
-    parts = [index] if plan.micro_batch >= plan.batch else list(index.split(plan.micro_batch))
-    if plan.micro_tokens is not None and isinstance(job.train, TextExamples):
-        parts = [small for part in parts for small in by_tokens(part, job.train.lengths[part], plan.micro_tokens)]
-    return [lambda part=part: fetch(part) for part in parts]  # type: ignore[misc]
-
-
-def by_tokens(index: Tensor, lengths: Tensor, most: int) -> list[Tensor]:
-    """Consecutive examples together as long as they have at most so many tokens; one that has more stands alone."""
-    cuts, held = [], 0
-    for place, length in enumerate(lengths.tolist()):
-        if held and held + length > most:
-            cuts.append(place)
-            held = 0
-        held += length
-    return list(index.tensor_split(cuts))
 
 
 def set_learning_rate(job: Job, step: int) -> float:

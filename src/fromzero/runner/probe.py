@@ -18,8 +18,9 @@ from fromzero.planner.facts import LARGE, LOOKED_EPOCHS, LOOKED_EXAMPLES
 from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.certificate import certify
-from fromzero.runner.loop import batch_ends, clip, pieces, set_learning_rate
+from fromzero.runner.loop import clip, set_learning_rate
 from fromzero.runner.numbers import gradient_norm
+from fromzero.runner.pieces import batch_ends, pieces
 from fromzero.runner.prefix import head_reads, start_at_head
 from fromzero.runner.samples import sample_seconds
 from fromzero.runner.step import gradients

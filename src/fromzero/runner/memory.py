@@ -1,0 +1,65 @@
+"""Memory: a job and a batch in, the gradients of its mean loss out, in smaller pieces where memory runs out in spite of the plan."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fromzero.data import TextExamples
+from fromzero.errors import NumbersError
+from fromzero.planner.values import Plan
+from fromzero.planner.ways import may_run_again
+from fromzero.runner.assemble import Job
+from fromzero.runner.pieces import pieces
+from fromzero.runner.regions import carry_out
+from fromzero.runner.step import gradients
+
+_SAID = ("can't allocate memory", "out of memory", "bad_alloc")
+
+
+def gradients_within_memory(job: Job, index: Tensor, epoch: int) -> tuple[float, float]:
+    """As `gradients`. Where memory runs out the job's plan becomes a smaller one and the batch begins anew, with the same draws.
+
+    index:   (B,)
+    raises:  NumbersError where nothing smaller is left
+    """
+    while True:
+        drawn = torch.get_rng_state()
+        try:
+            return gradients(job.stepped, pieces(job, index, epoch), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
+        except (RuntimeError, MemoryError) as error:
+            if not isinstance(error, MemoryError) and not any(said in str(error) for said in _SAID):
+                raise
+        job.optimizer.zero_grad()  # after the error is gone, and with it what its frames held
+        torch.set_rng_state(drawn)
+        job.plan = _smaller(job.plan, job.train, index)
+        carry_out(job.model, job.plan)
+
+
+def _smaller(plan: Plan, train: object, index: Tensor) -> Plan:
+    """The plan with half as much in memory at once.  raises: NumbersError where it has no half"""
+    again = may_run_again(plan.facts)
+    if not plan.facts.may_not_be_cut:
+        if isinstance(train, TextExamples) and len(index) > 1:
+            held = min(plan.micro_tokens or 2**62, int(train.lengths[index].sum()))
+            if held > int(train.lengths[index].max()):
+                return replace(plan, micro_tokens=max(held // 2, 1))
+        elif min(plan.micro_batch, len(index)) > 1:
+            return replace(plan, micro_batch=min(plan.micro_batch, len(index)) // 2)
+    if set(again) - set(plan.checkpointed):
+        return replace(plan, checkpointed=again)
+    what = "one sample at a time" if not plan.facts.may_not_be_cut else f"a batch may not be cut: {plan.facts.may_not_be_cut}"
+    raise NumbersError("memory is out", why=f"nothing smaller is left ({what})", mend="free some, take a smaller batch or a smaller model")
+
+
+def what_is_smaller(plan: Plan) -> str:
+    """How much is in memory at once now"""
+    if plan.checkpointed:
+        return f"{len(plan.checkpointed)} stages keep only their input from here on, and run again"
+    return (
+        f"pieces of {plan.micro_batch} samples from here on"
+        if plan.micro_tokens is None
+        else f"pieces of {plan.micro_tokens} tokens from here on"
+    )
