@@ -1,0 +1,153 @@
+"""How far are a plan's predictions from what the run then took? One `fromzero train` a recipe, each in a process of its own.
+
+    python benchmarks/plan_accuracy.py [--texts FOLDER] [--only NAME …] [--json FILE]
+
+Of each kind of model and task one recipe, the shipped ones shortened in steps, others that no shipped recipe is like; the
+ledger starts empty, so that nothing was learned from earlier runs. texts: where banking77_train.csv, penguins.csv,
+tinyshakespeare.txt and self_instruct_seed_tasks.jsonl are. Seconds and peak memory as `train --json` prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+RECIPES = Path(__file__).resolve().parents[1] / "recipes"
+SHIPPED = {
+    "digits": ("digits", ["epochs=4"]),
+    "seed": ("seed", ["epochs=2"]),
+    "banking77": ("banking77", ["epochs=4"]),
+    "banking77-full": ("banking77-full", ["epochs=none", "steps=60"]),
+    "shakespeare-decoder": ("shakespeare-decoder", ["steps=60", "evaluate.every=30"]),
+    "shakespeare-lstm": ("shakespeare-lstm", ["steps=100", "evaluate.every=50"]),
+    "smollm2-lora": ("smollm2-lora", ["epochs=none", "steps=15"]),
+    "smollm2-full": ("smollm2-full", ["epochs=none", "steps=12"]),
+}
+DIGITS = {"task": "classify", "data": "mnist-5k", "batch": 64}
+OWN = {
+    "mlp, a table": {
+        "task": "classify",
+        "model": "mlp",
+        "data": {"train": "penguins.csv", "target": "species"},
+        "batch": 16,
+        "epochs": 150,
+    },
+    "mlp, gradient descent": {
+        **DIGITS,
+        "model": {"from": "mlp", "hidden": [256]},
+        "batch": "all",
+        "epochs": 40,
+        "optimizer": {"name": "sgd", "lr": 0.1},
+    },
+    "cnn, augmented": {**DIGITS, "model": "cnn", "data": {"train": "mnist-5k", "augment": "light"}, "epochs": 2},
+    "resnet18": {
+        **DIGITS,
+        "model": {"from": "resnet18", "stem": "small"},
+        "data": {"train": "mnist-5k", "limit": 1000},
+        "epochs": 1,
+        "batch": 32,
+    },
+    "vit-tiny": {**DIGITS, "model": {"from": "vit-tiny", "patch": 7, "layers": 4}, "epochs": 3},
+    "encoder from zero": {
+        "task": "classify",
+        "model": {"from": "encoder", "width": 128, "layers": 3, "heads": 4},
+        "data": {"train": "banking77_train.csv", "input": "text", "target": "category"},
+        "batch": 32,
+        "steps": 120,
+    },
+    "gru, texts": {
+        "task": "classify",
+        "model": {"from": "gru", "width": 128},
+        "data": {"train": "banking77_train.csv", "input": "text", "target": "category"},
+        "batch": 64,
+        "epochs": 2,
+    },
+    "encoder, frozen through a layer": {
+        "task": "classify",
+        "model": "minilm-l6",
+        "head": "new",
+        "freeze": {"through": "blocks.3"},
+        "data": {"train": "banking77_train.csv", "input": "text", "target": "category", "limit": 2000},
+        "batch": 32,
+        "epochs": 2,
+    },
+    "decoder, tokens a batch": {
+        "task": "language",
+        "model": {"from": "decoder", "width": 128, "layers": 3, "heads": 4, "context": 128},
+        "data": {"train": "tinyshakespeare.txt", "tokenizer": "bpe", "vocabulary": 1000, "max_tokens": 128},
+        "batch": {"tokens": 2048},
+        "steps": 80,
+    },
+    "conversations, last layers": {
+        "task": "chat",
+        "model": "smollm2-135m-instruct",
+        "adapter": {"name": "lora", "layers": "last-4"},
+        "data": {"train": "self_instruct_seed_tasks.jsonl", "max_tokens": 512, "too_long": "drop"},
+        "batch": 4,
+        "steps": 15,
+    },
+}
+
+
+def train(arguments: list[str], runs: Path) -> dict[str, object]:
+    command = [str(Path(sys.executable).with_name("fromzero")), "train", *arguments, "--runs", str(runs), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, default=Path())
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--json", type=Path)
+    asked = parser.parse_args()
+    rows = []
+    print(f"{'recipe':<32}{'seconds':>9}{'told':>9}{'error':>8}{'peak MB':>10}{'told':>8}{'error':>8}")
+    for name in asked.only or [*SHIPPED, *OWN]:
+        with tempfile.TemporaryDirectory() as folder:
+            if name in SHIPPED:
+                recipe, overrides = SHIPPED[name]
+                path = RECIPES / f"{recipe}.yaml"
+                needs = [text for text in ("banking77_train.csv", "banking77_test.csv", "tinyshakespeare.txt") if text in path.read_text()]
+                places = [
+                    f"data.{side}={(asked.texts / text).absolute()}" for side, text in zip(("train", "validation"), needs, strict=False)
+                ]
+                arguments = [str(path), *overrides, *places, "report=[]"]
+            else:
+                values = json.loads(json.dumps(OWN[name]))
+                values["data"] = values["data"] if isinstance(values["data"], dict) else {"train": values["data"]}
+                if "." in values["data"]["train"]:
+                    values["data"]["train"] = str((asked.texts / values["data"]["train"]).absolute())
+                path = Path(folder) / "recipe.yaml"
+                path.write_text(json.dumps({**values, "report": []}))
+                arguments = [str(path)]
+            found = train(arguments, Path(folder) / "runs")
+        told = found["predicted"]
+        row = {"recipe": name, "seconds": found["seconds"], "told_seconds": told["seconds"]}
+        row |= {"peak_bytes": found["peak_memory_bytes"], "told_peak_bytes": told["peak_memory_bytes"]}
+        row["seconds_error"] = row["told_seconds"] / row["seconds"] - 1
+        row["peak_error"] = row["told_peak_bytes"] / row["peak_bytes"] - 1
+        rows.append(row)
+        print(
+            f"{name:<32}{row['seconds']:>9.1f}{row['told_seconds']:>9.1f}{row['seconds_error']:>+8.0%}"
+            f"{row['peak_bytes'] / 1e6:>10,.0f}{row['told_peak_bytes'] / 1e6:>8,.0f}{row['peak_error']:>+8.0%}",
+            flush=True,
+        )
+    medians = {key: statistics.median(abs(row[key]) for row in rows) for key in ("seconds_error", "peak_error")}
+    worst = {key: max(abs(row[key]) for row in rows) for key in medians}
+    print(f"median error: time {medians['seconds_error']:.1%}, peak {medians['peak_error']:.1%}; ", end="")
+    print(f"largest: time {worst['seconds_error']:.0%}, peak {worst['peak_error']:.0%}; {len(rows)} recipes")
+    if asked.json:
+        asked.json.write_text(json.dumps({"rows": rows, "medians": medians, "worst": worst}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
