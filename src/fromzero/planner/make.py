@@ -7,7 +7,7 @@ import math
 from fromzero.data import TextFacts, count_batches
 from fromzero.errors import Fault, PlanRefused, RecipeError
 from fromzero.optim import lr_multiplier
-from fromzero.planner.cost import run_seconds, training_bytes
+from fromzero.planner.cost import corrected, run_seconds, training_bytes
 from fromzero.planner.values import Choice, Facts, Finding, Plan, TrainRow
 from fromzero.planner.xray import findings
 from fromzero.recipe.schema import BatchTokens, Recipe
@@ -53,7 +53,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
     )
     found = [*([] if trainable else [_nothing_trains(facts)]), *trouble, *findings(recipe, facts)]
     plain = micro >= batch and pieces is None and rows is None and lowrank != "merged" and not prefix
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         facts=facts,
         device=facts.machine.device,
@@ -79,6 +79,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         predicted_seconds=run_seconds(facts, steps, batch, evaluations, kept=bool(prefix)),
         predicted_peak_bytes=facts.measured.peak_bytes if facts.measured else None,
     )
+    return corrected(plan)
 
 
 def _nothing_trains(facts: Facts) -> Finding:

@@ -36,6 +36,23 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Record:
+    """What runs that were done on this machine say of predictions: actual over predicted, its median, and what most lie between.
+
+    runs, bytes_runs: how many were counted for seconds and for bytes; with few of them an allowance widens low and high
+    """
+
+    runs: int
+    seconds_ratio: float
+    seconds_low: float
+    seconds_high: float
+    bytes_runs: int
+    bytes_ratio: float
+    bytes_low: float
+    bytes_high: float
+
+
+@dataclass(frozen=True)
 class Facts:
     machine: MachineFacts
     data: DataFacts
@@ -43,13 +60,22 @@ class Facts:
     frozen: Frozen
     adapted: dict[str, tuple[int, ...]] = field(default_factory=dict)  # Linears beside which adapters learn → rows of their parts
     measured: Measured | None = None
+    record: Record | None = None  # scales what is predicted, and decides nothing
 
     def with_measured(self, measured: Measured) -> Facts:
         return replace(self, measured=measured)
 
-    def with_noted(self, values: dict[str, Any]) -> Facts:
-        """With what an earlier plan measured, as its JSON.  raises: ValueError"""
-        return self.with_measured(TypeAdapter(Measured).validate_python(values))
+    def with_record(self, record: Record | None) -> Facts:
+        return replace(self, record=record)
+
+    def with_noted(self, noted: dict[str, Any]) -> Facts:
+        """With what the facts of an earlier plan say of trial steps and earlier runs, as its JSON.  raises: ValueError"""
+        measured, record = noted.get("measured"), noted.get("record")
+        return replace(
+            self,
+            measured=TypeAdapter(Measured | None).validate_python(measured),
+            record=TypeAdapter(Record | None).validate_python(record),
+        )
 
 
 @dataclass(frozen=True)
@@ -116,6 +142,8 @@ class Plan:
     findings: tuple[Finding, ...]
     predicted_seconds: float | None
     predicted_peak_bytes: int | None
+    predicted_seconds_between: tuple[float, float] | None = None  # what most runs here would end within
+    predicted_bytes_between: tuple[int, int] | None = None
 
     @property
     def epochs(self) -> float:
