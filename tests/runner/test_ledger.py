@@ -7,6 +7,7 @@ import sqlite3
 import statistics
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -132,6 +133,27 @@ def test_a_ledger_that_another_process_holds_is_waited_for_and_then_left(
     warned = ledger.enter(tmp_path / "second", plan, {"status": "done", "steps": 1, "seconds": 1.0, "peak_memory_bytes": 1})
     holder.close()
     assert warned is not None and "database is locked" in warned.what and warned.mend == "it is held by another process"
+
+
+def test_nobody_else_writes_between_the_look_at_the_version_and_the_row(
+    plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs that end at the same moment wait for each other; had both looked before, SQLite would refuse one without waiting."""
+    note(tmp_path, plan, "first", LONG)
+    other, refused = sqlite3.connect(tmp_path / ledger.FILE, timeout=0, isolation_level=None), []
+
+    class Watched(sqlite3.Connection):
+        def execute(self, statement: str, *values: object) -> sqlite3.Cursor:
+            if statement.startswith("CREATE"):
+                with pytest.raises(sqlite3.OperationalError, match="database is locked"):
+                    other.execute("BEGIN IMMEDIATE")
+                refused.append(statement)
+            return super().execute(statement, *values)
+
+    monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, factory=Watched))
+    note(tmp_path, plan, "second", LONG)
+    other.close()
+    assert len(refused) == 1 and len(fz.predictions(tmp_path)["rows"]) == 2
 
 
 def test_a_full_disk_is_a_warning_and_leaves_the_rows_that_are_there(plan: Plan, tmp_path: Path) -> None:
