@@ -75,6 +75,7 @@ __all__ = [
     "new",
     "plan",
     "predict",
+    "predictions",
     "read",
     "resume",
     "run",
@@ -130,6 +131,7 @@ def plan(
     import fromzero.planner.facts as facts_room
     from fromzero.planner.make import make
     from fromzero.runner.assemble import Place, inspected_model
+    from fromzero.runner.ledger import corrections
     from fromzero.runner.probe import probe as take_trial_steps
     from fromzero.runner.start import find_start
 
@@ -145,7 +147,8 @@ def plan(
     seen = facts_room.look(recipe, folders, lambda asked, loaded: inspected_model(asked, loaded, place), _reader(start, recipe), Path(runs))
     made = make(recipe, seen.facts)
     if probe and not any(finding.severity == "error" for finding in made.findings):
-        made = make(recipe, seen.facts.with_measured(take_trial_steps(made, seen.loaded, place)))
+        facts = seen.facts.with_measured(take_trial_steps(made, seen.loaded, place))
+        made = make(recipe, facts.with_record(corrections(Path(runs), facts.machine)))
     return Planned(made, seen.loaded, place)
 
 
@@ -381,6 +384,19 @@ def runs(folder: str | Path = "runs") -> list[dict[str, Any]]:
     from fromzero.runner.folder import list_runs
 
     return list_runs(Path(folder))
+
+
+def predictions(folder: str | Path = "runs") -> dict[str, Any]:
+    """How far the predicted seconds and peak bytes of runs that ended were off.
+
+    returns: {"ledger": its file, None where no run has ended; "rows": one a run, oldest first; "medians": of the absolute errors}.
+             An error is predicted / actual - 1, None where the run was not done; seconds also where it ended before its last step
+    raises:  SourceError for a ledger that cannot be read
+    """
+    from fromzero.runner.ledger import FILE, medians, read_ledger
+
+    rows = read_ledger(Path(folder))
+    return {"ledger": None if rows is None else str(Path(folder) / FILE), "rows": rows or [], "medians": medians(rows or [])}
 
 
 def new(data: str, *, task: str | None = None, model: str | None = None, target: str | None = None) -> str:

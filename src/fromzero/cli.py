@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,10 +125,22 @@ def _planned(recipe: str, overrides: list[str] | None, runs: str) -> fz.Planned:
 
 
 @app.command()
-def plan(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = "runs", as_json: AsJson = False, debug: Debug = False) -> None:
-    """Explain what a recipe would do, and what is wrong with it."""
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    compare: Annotated[str | None, typer.Option(metavar="OTHER", help="another recipe: show only where the two plans differ")] = None,
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Explain what a recipe would do, and what is wrong with it. With --compare, overrides hold for both recipes."""
+    refused = False
 
     def work() -> Any:
+        nonlocal refused
+        if compare is not None:
+            both, refused = _compared((recipe, compare), overrides, runs)
+            return both
         planned = _planned(recipe, overrides, runs)
         if any(finding.severity == "error" for finding in planned.plan.findings):
             if not as_json:
@@ -138,6 +151,32 @@ def plan(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = "runs", a
         return _Both((planned, planned.plan.as_json()))
 
     _answer(work, as_json, debug, str)
+    if refused:
+        raise SystemExit(2)
+
+
+def _compared(recipes: tuple[str, str], overrides: list[str] | None, runs: str) -> tuple[_Both, bool]:
+    """Two plans, the other one made first and in a process of its own: a process's peak memory never falls again.
+
+    returns: text and JSON of both, and whether either would be refused
+    """
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    from fromzero.planner.compare import differences, show_differences
+
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
+        other = apart.submit(_plan_alone, recipes[1], overrides, runs).result()
+    this = _plan_alone(recipes[0], overrides, runs)
+    errors = [(name, f) for name, made in zip(recipes, (this, other), strict=True) for f in made.findings if f.severity == "error"]
+    for name, finding in errors:
+        print(f"{name} would be refused: {finding}", file=sys.stderr)
+    found = {"this": this.as_json(), "other": other.as_json(), "differences": [asdict(row) for row in differences(this, other)]}
+    return _Both((show_differences(this, other, recipes), found)), bool(errors)
+
+
+def _plan_alone(recipe: str, overrides: list[str] | None, runs: str) -> fz.Plan:
+    return _planned(recipe, overrides, runs).plan
 
 
 @app.command()
@@ -192,6 +231,7 @@ def resume(
 @app.command(name="runs")
 def list_runs(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="show the curves of this one")] = None,
+    predictions: Annotated[bool, typer.Option("--predictions", help="how far predicted time and peak memory were off, run by run")] = False,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
@@ -200,9 +240,15 @@ def list_runs(
 
     def work() -> Any:
         from fromzero.report.jsonlines import read_events
-        from fromzero.report.summary import curve_table, runs_table
+        from fromzero.report.summary import curve_table, predictions_table, runs_table
         from fromzero.runner.folder import find_run
 
+        if predictions:
+            if run is not None:
+                raise UserError("--predictions is of all runs", mend=f"leave {run} out")
+            found = fz.predictions(runs)
+            nothing = f"no ledger in {runs} yet: the first run that ends begins it"
+            return _Both((predictions_table(found["rows"], found["medians"]) if found["rows"] else nothing, found))
         if run is None:
             rows = fz.runs(runs)
             return _Both((runs_table(rows) if rows else f"no runs in {runs}; fromzero train RECIPE makes one", rows))

@@ -40,7 +40,7 @@ EXTRA = {
     "use": {"runner", "models", "weights", "data", "devices", "objectives", "sources", "errors"},
 }
 PUBLIC = """SGD Adam AdamW DataError FromzeroError Interrupted MissingExtra ModelError NumbersError Plan PlanRefused Planned
-RMSProp Recipe RecipeError ShapeError SourceError UserError chat evaluate export fetch generate load new plan predict read resume run runs train"""
+RMSProp Recipe RecipeError ShapeError SourceError UserError chat evaluate export fetch generate load new plan predict predictions read resume run runs train"""
 
 
 def files() -> list[Path]:

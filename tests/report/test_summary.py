@@ -12,6 +12,7 @@ from fromzero.report.summary import (
     format_number,
     format_seconds,
     history,
+    predictions_table,
     runs_table,
     sparkline,
 )
@@ -159,3 +160,27 @@ def test_a_run_of_which_little_is_known_is_still_listed():
     table = runs_table([{"run": "\x1b[2Jbad"}])
     assert table.splitlines()[1].split() == ["?[2Jbad", "-", "-", "-", "-", "-"]
     assert runs_table([]) == "no runs yet"
+
+
+def test_predictions_stand_beside_what_came_with_the_error_between_them_in_per_cent() -> None:
+    figures = {"predicted_peak_bytes": 14 * 10**8, "peak_bytes": 10**9, "peak_error": 0.4}
+    rows = [
+        {"run": "penguins", "status": "done", "predicted_seconds": 59 * 60 + 59, "seconds": 12.0, "seconds_error": 298.9, **figures},
+        {"run": "a-run-with-a-name-that-is-far-too-long" * 2, "status": "stopped", "predicted_seconds": 250.0, "seconds": 3.0},
+        {"run": "not\x1b-measured", "status": "done", "predicted_seconds": None, "seconds": 0.1, "peak_bytes": 999 * 10**6},
+    ]
+    text = predictions_table(rows, {"seconds_error": 0.125, "peak_error": None})
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 80 and "\x1b" not in text
+    assert lines[0].split() == ["run", "predicted", "time", "error", "predicted", "peak", "error"]
+    assert lines[1].split("  ")[0] == "penguins" and "+29890%" in lines[1] and lines[1].endswith("1.4 GB  1.0 GB   +40%")
+    assert lines[2].split()[0].endswith("long*") and lines[2].split()[-4:] == ["-", "-", "-", "-"]
+    assert lines[3].startswith("not?-measured") and "*" not in lines[3]
+    assert lines[4:] == ["* stopped or interrupted: not in the medians", "median of the absolute errors: time 12.5%"]
+
+
+def test_predictions_without_a_run_that_is_done_say_so() -> None:
+    rows = [{"run": "r", "status": "interrupted"}]
+    assert predictions_table(rows, {"seconds_error": None, "peak_error": None}).endswith(
+        "median of the absolute errors: no run is done yet"
+    )

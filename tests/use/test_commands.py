@@ -369,3 +369,62 @@ def test_a_run_on_data_from_python_is_evaluated_when_the_data_is_given_again(tmp
     found = fz.evaluate("run:run", runs=tmp_path, train_data=(x, y))
     assert found["loss"] == pytest.approx(outcome.result["validation"]["loss"], rel=1e-6)
     assert fz.evaluate("run:run", (x, y), runs=tmp_path, train_data=(x, y))["examples"] == 90
+
+
+def test_runs_predictions_lists_how_far_each_was_off_and_says_when_there_is_nothing(flowers: Path) -> None:
+    assert fromzero("runs", "--predictions", cwd=flowers).stdout == "no ledger in runs yet: the first run that ends begins it\n"
+    assert json.loads(fromzero("runs", "--predictions", "--json", cwd=flowers).stdout)["ledger"] is None
+    assert not (flowers / "runs").exists()
+    (flowers / "r.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 2\n")
+    result = json.loads(fromzero("train", "r.yaml", "--json", cwd=flowers).stdout)
+    assert fromzero("train", "r.yaml", "epochs=100000", "limits.seconds=0.1", cwd=flowers).returncode == 3
+    found = json.loads(fromzero("runs", "--predictions", "--json", cwd=flowers).stdout)
+    assert [(row["run"], row["status"]) for row in found["rows"]] == [("r", "done"), ("r-2", "stopped")]
+    error = result["predicted"]["seconds"] / result["seconds"] - 1
+    assert found["rows"][0]["seconds_error"] == pytest.approx(error) and found["medians"]["seconds_error"] == pytest.approx(abs(error))
+    assert found["rows"][1]["seconds_error"] is None and found["rows"][1]["peak_error"] is None
+    lines = fromzero("runs", "--predictions", cwd=flowers).stdout.splitlines()
+    assert lines[1].startswith("r ") and lines[2].startswith("r-2*") and max(map(len, lines)) <= 80
+    assert [row["run"] for row in json.loads(fromzero("runs", "--json", cwd=flowers).stdout)] == ["r", "r-2"], "the ledger is no run"
+    both = fromzero("runs", "r", "--predictions", cwd=flowers)
+    assert both.returncode == 2 and "--predictions is of all runs; leave r out" in both.stderr
+    (flowers / "runs" / "ledger.sqlite").write_bytes(b"broken" * 100)
+    broken = fromzero("runs", "--predictions", cwd=flowers)
+    assert broken.returncode == 2 and "ledger.sqlite: file is not a database" in broken.stderr
+
+
+def test_two_recipes_are_compared_and_overrides_hold_for_both(flowers: Path) -> None:
+    (flowers / "a.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 2\n")
+    (flowers / "apart").mkdir()
+    (flowers / "apart" / "b.yaml").write_text((flowers / "a.yaml").read_text().replace("flowers.csv", "../flowers.csv") + "batch: 8\n")
+    done = fromzero("plan", "a.yaml", "--compare", "apart/b.yaml", "optimizer.lr=0.5", "--json", cwd=flowers)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert set(found) == {"this", "other", "differences"}
+    assert {found[side]["recipe"]["optimizer"]["lr"] for side in ("this", "other")} == {0.5}
+    rows = {(row["group"], row["name"]): (row["this"], row["other"]) for row in found["differences"]}
+    assert rows[("recipe", "batch")] == (64, 8) and rows[("plan", "steps")] == (found["this"]["steps"], found["other"]["steps"])
+    assert ("recipe", "optimizer.lr") not in rows and ("facts", "data") not in rows
+    assert rows[("plan", "predicted peak bytes")][1] == found["other"]["predicted_peak_bytes"]
+
+
+def test_a_comparison_with_a_plan_that_would_be_refused_is_printed_and_ends_with_2(flowers: Path) -> None:
+    (flowers / "a.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 2\n")
+    (flowers / "b.yaml").write_text((flowers / "a.yaml").read_text() + "freeze: ['*']\n")
+    done = fromzero("plan", "a.yaml", "--compare", "b.yaml", cwd=flowers)
+    assert done.returncode == 2 and "b.yaml would be refused: every parameter is frozen" in done.stderr and "Traceback" not in done.stderr
+    assert "refused" in done.stdout and "freeze.names" in done.stdout and max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_each_plan_of_a_comparison_has_a_peak_of_its_own(flowers: Path) -> None:
+    """A process's peak memory never falls: of two plans made in one, the second would need at least as much as the first."""
+    (flowers / "large.yaml").write_text(
+        "task: classify\nmodel: {from: mlp, hidden: [4000, 4000]}\ndata: {train: flowers.csv, target: kind}\nepochs: 2\n"
+    )
+    (flowers / "small.yaml").write_text("task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nepochs: 2\n")
+    for this, other in (("large", "small"), ("small", "large")):
+        done = fromzero_apart("plan", f"{this}.yaml", "--compare", f"{other}.yaml", "--json", cwd=flowers)
+        assert done.returncode == 0, done.stderr
+        found = json.loads(done.stdout)
+        peaks = {this: found["this"]["predicted_peak_bytes"], other: found["other"]["predicted_peak_bytes"]}
+        assert peaks["large"] > peaks["small"] + 100_000_000

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fromzero.models import StageFacts
-from fromzero.planner.values import Facts
+from fromzero.planner.values import Facts, Plan
 from fromzero.recipe.schema import BatchTokens, Recipe
 
 STATE = {"sgd": 0, "rmsprop": 1, "adam": 2, "adamw": 2}  # copies of the trained values that the optimizer keeps
@@ -150,3 +150,15 @@ def disk(recipe: Recipe, facts: Facts) -> dict[str, int]:
     one = learned * width * (1 + STATE[recipe.optimizer.name] + (recipe.evaluate.keep == "best" and facts.data.validation > 0))
     alone = recipe.adapter is not None  # adapters are saved without their base
     return {"checkpoints": one * (recipe.save.keep + 1), "model": (learned if alone else facts.model.parameters) * width}
+
+
+def corrected(plan: Plan) -> Plan:
+    """The plan with its predictions scaled by what earlier runs on this machine say, and what they lie between; nothing else changes."""
+    seen, seconds, peak = plan.facts.record, plan.predicted_seconds, plan.predicted_peak_bytes
+    if seen is not None and seconds is not None:
+        low, high = seconds * seen.seconds_low, seconds * seen.seconds_high
+        plan = replace(plan, predicted_seconds=seconds * seen.seconds_ratio, predicted_seconds_between=(low, high))
+    if seen is not None and peak is not None:
+        least, most = round(peak * seen.bytes_low), round(peak * seen.bytes_high)
+        plan = replace(plan, predicted_peak_bytes=round(peak * seen.bytes_ratio), predicted_bytes_between=(least, most))
+    return plan

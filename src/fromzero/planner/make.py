@@ -9,7 +9,7 @@ from dataclasses import replace
 from fromzero.data import TextFacts, count_batches
 from fromzero.errors import Fault, PlanRefused, RecipeError
 from fromzero.optim import lr_multiplier
-from fromzero.planner.cost import disk, memory, peak_bytes, run_seconds, trained_values
+from fromzero.planner.cost import corrected, disk, memory, peak_bytes, run_seconds, trained_values
 from fromzero.planner.values import Choice, Facts, Finding, Plan, TrainRow
 from fromzero.planner.ways import alternatives, choose_way, score_rows
 from fromzero.planner.xray import findings
@@ -79,7 +79,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         predicted_seconds=sum(seconds.values()) if seconds else None,
         predicted_peak_bytes=peak_bytes(recipe, facts, chosen.way),
     )
-    return replace(plan, grade=_grade(plan))
+    return corrected(replace(plan, grade=_grade(plan)))
 
 
 def _grade(plan: Plan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Callable
 
 from fromzero.planner.values import Alternative, Choice, Plan
 from fromzero.report.summary import format_bytes, format_count, format_seconds
@@ -58,9 +59,8 @@ def show(plan: Plan) -> str:
     lines += _node("evaluate", f"{format_count(facts.data.validation)} examples each time", _cost(plan, "evaluate", "evaluation"))
     lines += _node("save", f"{format_bytes(sum(plan.disk.values()))} on the disk", _parts(plan.disk))
     lines += _node("equality", plan.grade, _equality(plan))
-    seconds = "not measured" if plan.predicted_seconds is None else format_seconds(plan.predicted_seconds)
-    peak = "" if plan.predicted_peak_bytes is None else f", peak memory {format_bytes(plan.predicted_peak_bytes)}"
-    lines += [f"└─ predicted: {seconds}{peak}"]
+    peak = f", peak memory {predicted_peak(plan)}" if plan.predicted_peak_bytes is not None else ""
+    lines += _wrapped(f"predicted: {predicted_time(plan)}{peak}", "└─ ", hang_with="     ")
     lines += _wrapped(f"memory: {_parts(plan.memory)}; measured beyond that: {_beyond(plan)}", "     ")
     if plan.alternatives:
         lines += ["", "not taken"]
@@ -72,6 +72,27 @@ def show(plan: Plan) -> str:
         for finding in plan.findings:
             lines += _wrapped(f"{_SIGNS[finding.severity]} {finding}", "  ", hang=4)
     return "\n".join(lines)
+
+
+def predicted_time(plan: Plan) -> str:
+    """`4 min 10 s (3 min 40 s to 5 min 2 s)`"""
+    seconds = plan.predicted_seconds
+    return "not measured" if seconds is None else format_seconds(seconds) + _between(plan.predicted_seconds_between, format_seconds)
+
+
+def predicted_peak(plan: Plan) -> str:
+    """`1.4 GB (1.3 to 1.5 GB)`; empty where nothing was measured"""
+    peak = plan.predicted_peak_bytes
+    return "" if peak is None else format_bytes(peak) + _between(plan.predicted_bytes_between, format_bytes)
+
+
+def _between(ends: tuple[float, float] | None, written: Callable[[float], str]) -> str:
+    """The unit stands once where both ends have the same; nothing where both read alike."""
+    if ends is None or written(ends[0]) == written(ends[1]):
+        return ""
+    low, high = written(ends[0]).split(), written(ends[1]).split()
+    alike = len(low) == len(high) == 2 and low[1] == high[1]
+    return f" ({' '.join(low[:1] if alike else low)} to {' '.join(high)})"
 
 
 def _choice(choice: Choice | None, cost: str = "") -> list[str]:

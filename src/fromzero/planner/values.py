@@ -64,6 +64,23 @@ class Certificate:
 
 
 @dataclass(frozen=True)
+class Record:
+    """What runs that were done on this machine say of predictions: actual over predicted, its median, and what most lie between.
+
+    runs, bytes_runs: how many were counted for seconds and for bytes; with few of them an allowance widens low and high
+    """
+
+    runs: int
+    seconds_ratio: float
+    seconds_low: float
+    seconds_high: float
+    bytes_runs: int
+    bytes_ratio: float
+    bytes_low: float
+    bytes_high: float
+
+
+@dataclass(frozen=True)
 class Facts:
     """held_bytes: what the process holds before it trains.  disk_bytes: free where the runs are; 0 where nobody looked
     largest: tokens of the run's largest batch; 0 where they are not counted"""
@@ -77,6 +94,7 @@ class Facts:
     disk_bytes: int = 0
     largest: int = 0
     measured: Measured | None = None
+    record: Record | None = None  # scales what is predicted, and decides nothing
 
     @property
     def reads_text(self) -> bool:
@@ -94,11 +112,18 @@ class Facts:
     def with_measured(self, measured: Measured) -> Facts:
         return replace(self, measured=measured)
 
+    def with_record(self, record: Record | None) -> Facts:
+        return replace(self, record=record)
+
     def with_noted(self, values: dict[str, Any]) -> Facts:
-        """With what an earlier plan measured, and the memory that it went by, as the JSON of its facts.  raises: ValueError, KeyError"""
+        """With what an earlier plan measured, what it knew of earlier runs and the memory that it went by, as the JSON of its facts.
+
+        raises: ValueError, KeyError
+        """
+        measured = TypeAdapter(Measured | None).validate_python(values["measured"])
+        record = TypeAdapter(Record | None).validate_python(values["record"])
         machine = replace(self.machine, memory_bytes=int(values["machine"]["memory_bytes"]))
-        measured = None if values["measured"] is None else TypeAdapter(Measured).validate_python(values["measured"])
-        return replace(self, machine=machine, held_bytes=int(values["held_bytes"]), measured=measured)
+        return replace(self, machine=machine, held_bytes=int(values["held_bytes"]), measured=measured, record=record)
 
 
 @dataclass(frozen=True)
@@ -182,6 +207,8 @@ class Plan:
     memory: dict[str, int]  # bytes at the highest moment, by what they are for; counted, not measured
     predicted_seconds: float | None
     predicted_peak_bytes: int | None
+    predicted_seconds_between: tuple[float, float] | None = None  # what most runs here would end within
+    predicted_bytes_between: tuple[int, int] | None = None
 
     @property
     def epochs(self) -> float:

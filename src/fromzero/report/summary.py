@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -62,6 +62,43 @@ def runs_table(rows: Sequence[dict[str, Any]]) -> str:
     room = WIDTH - width - 2
     lasts = ["validation", *(_last_metrics(row.get("validation") or {}, room) for row in rows)]
     return "\n".join(f"{line:<{width}}  {last}".rstrip() for line, last in zip(table, lasts, strict=True))
+
+
+def predictions_table(rows: Sequence[dict[str, Any]], medians: dict[str, float | None]) -> str:
+    """One line per run: predicted and actual seconds and peak memory, how far off in per cent; then the medians of the errors.
+
+    rows: run, status, predicted_seconds, seconds, seconds_error, predicted_peak_bytes, peak_bytes, peak_error; + is predicted too high
+    """
+    figures = [
+        [
+            *(_or_nothing(row.get(name), format_seconds) for name in ("predicted_seconds", "seconds")),
+            _or_nothing(row.get("seconds_error"), _per_cent),
+            *(_or_nothing(row.get(name), format_bytes) for name in ("predicted_peak_bytes", "peak_bytes")),
+            _or_nothing(row.get("peak_error"), _per_cent),
+        ]
+        for row in rows
+    ]
+    table = _align([["predicted", "time", "error", "predicted", "peak", "error"], *figures], left=0)
+    marks = ["" if row.get("status") == "done" else "*" for row in rows]
+    width = min(_NAME_WIDTH, WIDTH - _widest(table) - 2)
+    names = ["run", *(cut(printable(str(row.get("run"))), width - len(mark)) + mark for row, mark in zip(rows, marks, strict=True))]
+    lines = _align(list(zip(names, table, strict=True)), left=1)
+    if any(marks):
+        lines.append("* stopped or interrupted: not in the medians")
+    said = [
+        f"{what} {medians[name]:.1%}"
+        for what, name in (("time", "seconds_error"), ("peak memory", "peak_error"))
+        if medians[name] is not None
+    ]
+    return "\n".join([*lines, f"median of the absolute errors: {', '.join(said) or 'no run is done yet'}"])
+
+
+def _or_nothing(value: object, written: Callable[[float], str]) -> str:
+    return NOTHING if (number := finite(value)) is None else written(number)
+
+
+def _per_cent(share: float) -> str:
+    return f"{share:+.0%}"
 
 
 def history(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -21,7 +21,7 @@ from fromzero.devices import keep_freed_memory, peak_memory
 from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError
 from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, StepDone, Warned
-from fromzero.runner import checkpoint
+from fromzero.runner import checkpoint, ledger
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.folder import RESULT
 from fromzero.runner.loop import Best, train
@@ -181,7 +181,7 @@ class _Run:
             self.save()
 
     def finish(self, status: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Write the model and the result."""
+        """Write the model, the result, and the row of the ledger."""
         last = {name: tensor.detach() for name, tensor in self.job.model.state_dict().items()}
         kept = last if self.best.weights is None else {**last, **self.best.weights}
         older = self.best.weights is not None and self.progress.best_step != self.progress.step
@@ -192,6 +192,8 @@ class _Run:
             )
         result = self._result(status)
         write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
+        if (warned := ledger.enter(self.folder, self.job.plan, result)) is not None:
+            self.tell(warned)
         return result, kept
 
     def _result(self, status: str) -> dict[str, Any]:
