@@ -34,7 +34,7 @@ def rows(this: Plan, other: Plan) -> dict[tuple[str, str], tuple[object, object]
 
 def test_plans_are_the_same_whatever_the_runs_are_called_and_however_long_the_trial_steps_took(facts: Facts) -> None:
     assert facts.measured is not None
-    slower = replace(facts, measured=replace(facts.measured, step_seconds=9.0, peak_bytes=10**9))
+    slower = replace(facts, measured=replace(facts.measured, step_seconds=9.0, planning_bytes=10**9))
     this, other = made(facts, name="a", batch=64), made(slower, name="b")
     assert this.predicted_seconds != other.predicted_seconds
     assert differences(this, other) == ()

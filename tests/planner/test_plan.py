@@ -52,12 +52,12 @@ def test_a_plan_reads_in_80_columns_with_a_reason_for_each_choice() -> None:
 def test_the_last_line_says_between_what_the_prediction_lies() -> None:
     found = planned(steps=10).plan
     assert found.facts.measured is not None
-    seen = replace(found.facts.measured, step_seconds=25.0, evaluate_seconds=0.0, batch=found.batch, peak_bytes=14 * 10**8)
+    seen = replace(found.facts.measured, step_seconds=25.0, evaluate_seconds=0.0, sample_seconds=0.0, planning_bytes=14 * 10**8)
 
     def last(record: Record | None) -> str:
         text = show(make(found.recipe, replace(found.facts, measured=seen, record=record)))
         assert max(map(len, text.splitlines())) <= 80
-        return " ".join(text.split("predicted: ")[1].split("\n\n")[0].split())
+        return " ".join(text.split("predicted: ")[1].split("memory: ")[0].split())
 
     assert last(None) == "4 min 10 s, peak memory 1.4 GB"
     assert last(Record(9, 1.0, 0.88, 1.2, 9, 1.0, 0.93, 1.07)) == "4 min 10 s (3 min 40 s to 5 min 0 s), peak memory 1.4 GB (1.3 to 1.5 GB)"
