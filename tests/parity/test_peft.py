@@ -236,6 +236,7 @@ def test_whole_modules_that_trained_go_along_under_their_published_names(tmp_pat
     held = again.get_base_model()
     assert torch.equal(held.lm_head.modules_to_save["default"].weight, extra["lm_head.weight"])
     assert torch.equal(held.model.embed_tokens.modules_to_save["default"].weight, extra["model.embed_tokens.weight"])
+    assert error(fz.load(str(tmp_path / "second"))(TOKENS, OFFSETS).detach(), one_by_one(again).detach()) < 1e-12
 
 
 GOOD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}

@@ -118,11 +118,24 @@ def test_a_new_head_learns_on_its_body_which_stands_still(adapter: Path, tmp_pat
     assert body.pop("head.weight").shape == (2, 48) and body and all(torch.equal(body[name], whole[name]) for name in body)
 
 
+def test_a_base_that_transformers_builds_gets_its_adapter_too(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    base = transformers.StableLmForCausalLM(transformers.StableLmConfig(vocab_size=40, max_position_embeddings=64, **sizes))
+    base.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False, use_dora=True)
+    peft.get_peft_model(base, config).save_pretrained(tmp_path / "adapter")
+    rewritten(tmp_path / "adapter", base_model_name_or_path="../base")
+    theirs = by_peft(tmp_path / "adapter")
+    assert far(scores(tmp_path / "adapter"), theirs) < 1e-5 and far(scores(tmp_path / "base"), theirs) > 1e-2
+
+
 def test_a_tokenizer_and_template_beside_the_adapter_stand_before_those_of_the_base(adapter: Path, tmp_path: Path) -> None:
+    (tmp_path / "base" / "generation_config.json").write_text('{"eos_token_id": [0, 2]}')
     base = open_pretrained(str(tmp_path / "base"))
     alone = open_pretrained(str(adapter))
     assert (alone.tokenizer, alone.chat_template, alone.special) == (base.tokenizer, base.chat_template, base.special)
-    assert alone.config == base.config and alone.origin == str(adapter)
+    assert (alone.config, alone.generation, alone.origin) == (base.config, {"eos_token_id": [0, 2]}, str(adapter))
     (adapter / "chat_template.jinja").write_text("own" + TEMPLATE)
     (adapter / "tokenizer.json").write_text('{"own": 1}')
     (adapter / "tokenizer_config.json").write_text(json.dumps({"pad_token": "<pad>"}))
