@@ -110,6 +110,28 @@ def test_a_recipe_trains_on_from_it_and_the_run_comes_back(adapter: Path, tmp_pa
             fz.load("run:on", runs=tmp_path / "runs")
 
 
+def test_the_two_files_of_a_run_are_such_a_folder_and_name_the_revision_of_their_base(
+    talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def fetched(source: str) -> tuple[Path, str]:
+        asked.append(source)
+        return talker, "hf:o/talker@v1"
+
+    monkeypatch.setattr("fromzero.weights.pretrained.fetch_hub", fetched)
+    (tmp_path / "c.jsonl").write_text(json.dumps({"messages": turns(FRANCE, PARIS)}) + "\n")
+    recipe = {"name": "own", "task": "chat", "model": "hf:o/talker", "adapter": "lora", "steps": 2, "report": ()}
+    recipe["data"] = {"train": str(tmp_path / "c.jsonl"), "hold_out": 0}
+    fz.run(fz.plan(recipe, runs=tmp_path / "runs", probe=False), quiet=True)
+    (tmp_path / "two").mkdir()
+    for path in (tmp_path / "runs" / "own" / "model").glob("adapter_*"):
+        shutil.copy(path, tmp_path / "two")
+    asked.clear()
+    assert far(scores(tmp_path / "two"), scores("run:own", runs=tmp_path / "runs")) < 1e-5
+    assert asked[0] == "hf:o/talker@v1"
+
+
 def test_a_new_head_learns_on_its_body_which_stands_still(adapter: Path, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("text,kind\n" + "".join(f"Paris is {i},a\nblue is {i},b\n" for i in range(10)))
     recipe = {"name": "kinds", "task": "classify", "model": str(adapter), "head": "new", "freeze": "body", "data": str(tmp_path / "t.csv")}

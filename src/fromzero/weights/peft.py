@@ -95,6 +95,7 @@ def write_peft(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": settings.base or None,
+        "revision": settings.revision or None,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
