@@ -278,14 +278,12 @@ def load(
     per_token:  published text models: True for the scores of the next token, False for one row a document; by its kind if left out
     options:    of a published model, such as pooling
     """
-    from fromzero.runner.start import build_published, find_start
+    from fromzero.runner.start import build_published, find_start, published_of
 
     start = find_start(source, (Path(),), Path(runs))
     if start.saved is not None:
         return start.saved.load(model, merge=merge)
-    if start.published is None:
-        raise ModelError(f"'{source}' has no weights to load", mend="train it first, or name a published model")
-    return build_published(start.published, options, per_token=per_token)[0].eval()
+    return build_published(published_of(start, source), options, per_token=per_token)[0].eval()
 
 
 def predict(source: str, inputs: Any, *, runs: str | Path = "runs", model: Any = None) -> Predictions:
@@ -312,6 +310,7 @@ def chat(
     source: str,
     messages: Sequence[Mapping[str, Any]],
     *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
     max_tokens: int = 1024,
     seed: int | None = 0,
     runs: str | Path = "runs",
@@ -320,11 +319,13 @@ def chat(
     """A model's answer to messages ({"role": "user", "content": …}), by its own chat template.
 
     source, drawn:  as in generate
-    raises:         ModelError for a model without a template, or messages longer than its context
+    tools:          functions that the model may call, as the template writes them: {"type": "function", "function": {"name": …}}
+    raises:         ModelError for a model without a template or with one that writes no tools, or messages longer than its context
     """
     from fromzero.use.speak import converse, open_speaker
 
-    return "".join(converse(open_speaker(source, Path(runs)), messages, whole=True, max_tokens=max_tokens, seed=seed, **drawn))
+    speaker = open_speaker(source, Path(runs))
+    return "".join(converse(speaker, messages, tools, whole=True, max_tokens=max_tokens, seed=seed, **drawn))
 
 
 def evaluate(

@@ -7,6 +7,7 @@ import json
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,10 +170,27 @@ def test_scores_and_gradients_equal_those_of_peft_on_both_paths_and_merged(kind:
 
 
 @pytest.mark.parametrize(("kind", "way"), CASES)
+def test_a_folder_of_pefts_opens_as_the_model_that_peft_merges(kind: str, way: str, tmp_path: Path) -> None:
+    pair = Pair(kind, tmp_path)
+    theirs = pair.wrapped(LEAVES.get(kind, LLAMA), **WAYS[way])
+    folder = saved(theirs, tmp_path / "theirs")
+    scores = one_by_one(theirs.merge_and_unload()).detach()
+    ours = fz.load(str(folder))
+    assert error(ours(TOKENS, OFFSETS).detach(), scores) < 1e-12
+    assert error(fz.load(str(pair.folder))(TOKENS, OFFSETS).detach(), scores) > 1e-2  # the base alone says something else
+
+    if kind == "gpt2":  # as it is published: the file holds the body alone, and does not name it
+        tensors = load_file(pair.folder / "model.safetensors")
+        save_file({name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}, pair.folder / "model.safetensors")
+        assert error(fz.load(str(folder))(TOKENS, OFFSETS).detach(), scores) < 1e-12
+
+
+@pytest.mark.parametrize(("kind", "way"), CASES)
 def test_an_adapter_goes_from_each_side_to_the_other_with_every_bit(kind: str, way: str, tmp_path: Path) -> None:
     pair = Pair(kind, tmp_path)
     first = saved(pair.wrapped(LEAVES.get(kind, LLAMA), **WAYS[way]), tmp_path / "first")
     settings = pair.adapt(first)
+    settings = replace(settings, revision="v1")  # of the base
     digests = write_peft(tmp_path / "second", settings, pair.adapter(), pair.layers, pair.parts)
     assert {name: fz.sources.digest_of(tmp_path / "second" / name) for name in digests} == digests
     before, after = (load_file(folder / "adapter_model.safetensors") for folder in (first, tmp_path / "second"))
@@ -220,6 +238,7 @@ def test_whole_modules_that_trained_go_along_under_their_published_names(tmp_pat
     held = again.get_base_model()
     assert torch.equal(held.lm_head.modules_to_save["default"].weight, extra["lm_head.weight"])
     assert torch.equal(held.model.embed_tokens.modules_to_save["default"].weight, extra["model.embed_tokens.weight"])
+    assert error(fz.load(str(tmp_path / "second"))(TOKENS, OFFSETS).detach(), one_by_one(again).detach()) < 1e-12
 
 
 GOOD = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}

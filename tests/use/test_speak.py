@@ -16,7 +16,7 @@ import fromzero.use.speak as speak
 from fromzero.data import tokens as tk
 from fromzero.models.generate import scores_at
 from fromzero.use.speak import as_text, complete, converse, open_speaker
-from tests.use.conftest import BLUE, CONTEXT, FRANCE, JAPAN, PARIS, SKY, TOKYO, Terminal, turns
+from tests.use.conftest import BLUE, CONTEXT, FRANCE, JAPAN, PARIS, SKY, TEMPLATE, TOKYO, Terminal, turns
 from tests.use.test_commands import Done, fromzero
 
 MANY = "naïve 東京 🎉👩‍👩‍👧  end\n\n ·"
@@ -169,6 +169,33 @@ def test_a_template_that_nothing_can_be_trained_with_is_still_spoken_through(tal
     speaker = open_speaker(str(tmp_path / "open"), tmp_path)
     assert tk.decode(speaker.tokenizer, list(speaker.stops)) == tk.END
     assert tk.decode(speaker.tokenizer, speaker.encode_turns(turns(SKY))) == f"user: {SKY}\n"
+
+
+TOOL = {"type": "function", "function": {"name": "capital", "parameters": {"type": "object", "properties": {"of": {"type": "string"}}}}}
+
+
+def test_tools_go_through_a_template_that_writes_them_and_are_not_dropped_by_one_that_does_not(talker: Path, tmp_path: Path) -> None:
+    shutil.copytree(talker, tmp_path / "caller")
+    card = tmp_path / "caller" / "tokenizer_config.json"
+    calls = "{% for tool in tools or [] %}<tool>{{ tool.function | tojson }}</tool>\n{% endfor %}" + TEMPLATE
+    card.write_text(json.dumps({**json.loads(card.read_text()), "chat_template": calls}))
+    speaker = open_speaker(str(tmp_path / "caller"), tmp_path)
+    plain, speech = converse(speaker, turns(SKY)), converse(speaker, turns(SKY), [TOOL], max_tokens=3)
+    written = transformers.AutoTokenizer.from_pretrained(tmp_path / "caller").apply_chat_template(
+        turns(SKY), tools=[TOOL], add_generation_prompt=True, tokenize=False
+    )
+    assert tk.decode(speaker.tokenizer, speech.prompt) == written and '<tool>{"name": "capital"' in written
+    assert speech.prompt[-len(plain.prompt) :] == plain.prompt
+    said = fz.chat(str(tmp_path / "caller"), turns(SKY), tools=[TOOL], max_tokens=3)
+    assert said == "".join(speech) and fz.chat(str(tmp_path / "caller"), turns(SKY)) == fz.chat(
+        str(tmp_path / "caller"), turns(SKY), tools=[]
+    )
+    long = turns(*["x" * 20, "y" * 20] * 3, FRANCE)
+    assert converse(speaker, long, [TOOL]).dropped > converse(speaker, long).dropped, "the tools take room and stay"
+    with pytest.raises(fz.ModelError, match=r"the chat template of '.*' writes no tools; describe them in a system message"):
+        fz.chat(str(talker), turns(SKY), tools=[TOOL])
+    with pytest.raises(fz.DataError, match=r"a tool is str, no object; write \{\"type\": \"function\""):
+        fz.chat(str(tmp_path / "caller"), turns(SKY), tools=["capital"])  # type: ignore[list-item]
 
 
 def command(monkeypatch: pytest.MonkeyPatch, typed: str, *arguments: str, cwd: Path, kind: type[io.StringIO] = io.StringIO) -> Done:

@@ -31,6 +31,8 @@ REPOSITORIES = {
     "o/sharded": {MAIN: {**CARDS, "model-00001-of-00002.safetensors": b"1", "model-00002-of-00002.safetensors": b"2", "model.safetensors.index.json": b"i"}},
     "o/torch": {MAIN: {**CARDS, **OTHERS, "pytorch_model.bin": b"p"}},
     "o/gguf": {MAIN: {"README.md": b"r", "m.Q4_K_M.gguf": b"4", "m.Q8_0.gguf": b"8"}},
+    "o/adapter": {MAIN: {**OTHERS, "adapter_config.json": b"c", "adapter_model.safetensors": b"a", "tokenizer.json": b"{1}"}},
+    "o/older": {MAIN: {"adapter_config.json": b"c", "adapter_model.bin": b"b"}},
     "o/empty": {MAIN: {"README.md": b"r"}},
 }  # fmt: skip
 
@@ -151,6 +153,8 @@ SOURCES = [
     "hf:o/gguf/m.Q8_0.gguf",
 ]
 SOURCES += [
+    "hf:o/adapter",
+    "hf:o/older",
     "hf:o/gguf/*Q4_K_M.gguf",
     "hf:o/gguf/*.gguf",
     "hf:o/gguf/no.gguf",
@@ -186,6 +190,11 @@ def test_a_revision_is_a_tag_or_a_commit(found):
 def test_torch_files_come_only_where_there_is_no_safetensors(found):
     assert "pytorch_model.bin" not in found["hf:o/whole"][0]
     assert found["hf:o/torch"][0] == sorted([*CARDS, "pytorch_model.bin"])
+
+
+def test_an_adapter_comes_with_its_config_and_its_tokenizer(found):
+    assert found["hf:o/adapter"] == [["adapter_config.json", "adapter_model.safetensors", "tokenizer.json"], f"hf:o/adapter@{MAIN}"]
+    assert found["hf:o/older"] == [["adapter_config.json", "adapter_model.bin"], f"hf:o/older@{MAIN}"]
 
 
 def test_one_file_is_named_or_found_by_a_glob(found):

@@ -237,7 +237,7 @@ def write_model(folder: Path, saved: SavedModel, kept: Mapping[str, Tensor], las
 
 def _write_adapters(folder: Path, saved: SavedModel, adapted: Adapted, kept: Mapping[str, Tensor]) -> dict[str, str]:
     """PEFT's two files, and what its format has no place for in rest.safetensors."""
-    of, hub, asked = saved.design.names(), re.fullmatch(r"(?:hf|ms):([\w.-]+/[\w.-]+)@.*", adapted.base), adapted.options
+    of, hub, asked = saved.design.names(), re.fullmatch(r"(?:hf|ms):([\w.-]+/[\w.-]+)@(.*)", adapted.base), adapted.options
     settings = PeftSettings(
         asked["rank"],
         asked["alpha"],
@@ -245,6 +245,7 @@ def _write_adapters(folder: Path, saved: SavedModel, adapted: Adapted, kept: Map
         asked["dora"],
         asked["dropout"],
         base=hub[1] if hub else adapted.base,
+        revision=hub[2] if hub and adapted.base.startswith("hf:") else "",
         transposed=any(how == "transpose" for _, how, _ in of.values()),
     )
     whole = to_theirs(kept, {name: of[name] for name in adapted.learned if name in of})

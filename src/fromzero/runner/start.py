@@ -124,6 +124,13 @@ def find_start(source: object, folders: Sequence[Path], runs: Path, *, fresh: bo
     )
 
 
+def published_of(start: Start, source: str) -> Pretrained:
+    """raises: ModelError where the source is a name of the catalogue or code, of which there are no weights"""
+    if start.published is None:
+        raise ModelError(f"'{source}' has no weights", mend="train it first, or name a published model")
+    return start.published
+
+
 def build_published(
     published: Pretrained, options: Mapping[str, Any], *, per_token: bool | None = None, fresh_head: int | None = None, seed: int = 0
 ) -> tuple[nn.Module, Design]:

@@ -19,13 +19,13 @@ _FORM = re.compile(r"(?P<hub>hf|ms):(?P<name>[\w.-]+/[\w.-]+)(?:/(?P<file>[^@]+)
 EXTRAS = ("1_Pooling/config.json", "modules.json", "sentence_bert_config.json", "preprocessor_config.json")
 _CARDS = (
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
-    *("chat_template.jinja", "chat_template.json", *EXTRAS),
+    *("chat_template.jinja", "chat_template.json", "adapter_config.json", *EXTRAS),
 )
 # What weights are called: the second only where there are none of the first. A GGUF file is named by who wants it:
 # it is often one of twenty quantisations with gigabytes each.
 _WEIGHTS = (
-    ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
-    ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
+    ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"),
+    ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json", "adapter_model.bin"),
 )
 
 

@@ -20,7 +20,7 @@ from fromzero.errors import ModelError, UserError, did_you_mean
 from fromzero.models import Decoder
 from fromzero.models.foreign import scores_by_transformers
 from fromzero.runner.saved import Design
-from fromzero.runner.start import Start, build_published, find_start
+from fromzero.runner.start import Start, build_published, find_start, published_of
 from fromzero.weights import open_pretrained, to_theirs, write_folder
 
 FORMATS = ("transformers",)
@@ -75,9 +75,7 @@ def _whole(start: Start, source: str) -> tuple[nn.Module, Design]:
     """The model with plain matrices only, in eval mode."""
     if start.saved is not None:
         return start.saved.load(merge=start.saved.design.adapted is not None), start.saved.design
-    if start.published is None:
-        raise ModelError(f"'{source}' has no weights", mend="train it first, or name a published model")
-    model, design = build_published(start.published, {})
+    model, design = build_published(published_of(start, source), {})
     return model.eval(), design
 
 

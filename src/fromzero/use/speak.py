@@ -11,12 +11,12 @@ from torch import nn
 
 import fromzero.data.tokens as tk
 from fromzero.data import ChatFormat, TextFormat
-from fromzero.data.turns import Conversation, Encoded, encode_conversations, encode_prompt
+from fromzero.data.turns import Conversation, Encoded, Messages, encode_conversations, encode_prompt
 from fromzero.devices import look_at_machine
 from fromzero.errors import DataError, ModelError
 from fromzero.models import FAMILIES
 from fromzero.models.generate import context_of, generate
-from fromzero.runner.start import Start, build_published, find_start
+from fromzero.runner.start import Start, build_published, find_start, published_of
 
 BROKEN = "\ufffd"  # what a tokenizer shows for the bytes of a character that is not whole
 NEAR = 8  # tokens of a prompt that stand before the first one made, which may begin with a space only because of them
@@ -41,12 +41,12 @@ class Speaker:
         """The ids of a raw text, as the model goes on from it."""
         return [*self.framed, *tk.encode(self.tokenizer, [text], special=False)[0]]
 
-    def encode_turns(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    def encode_turns(self, messages: Messages, tools: Messages | None = None) -> list[int]:
         """The ids of messages through the model's own template, up to where it answers.  raises: ModelError where it has none"""
         if self.chat is None:
             why, mend = "it knows no turns of a conversation", f"fromzero generate {self.name} --prompt TEXT goes on with text"
             raise ModelError(f"'{self.name}' has no chat template", why=why, mend=mend)
-        return encode_prompt(self.chat, messages)
+        return encode_prompt(self.chat, messages, tools)
 
 
 def open_speaker(source: str, runs: Path) -> Speaker:
@@ -59,14 +59,13 @@ def open_speaker(source: str, runs: Path) -> Speaker:
         _refuse(start.saved.task in ("classify", "regress"), source, f"was trained to {start.saved.task}")
         inputs, model = start.saved.preparation.inputs, start.saved.load()
     else:
-        if start.published is None:
-            raise ModelError(f"'{source}' has no weights", mend="train it first, or name a published model")
+        published = published_of(start, source)
         family = FAMILIES.get(str(start.config.get("model_type")))
         _refuse(family is not None and not family.speaks, source, "reads its input whole")
         if start.tokenizer is None:
-            why = str(start.published.extras.get("no tokenizer", "there is no tokenizer.json"))
-            raise ModelError("has no tokenizer, so that no text becomes tokens", why=why, file=start.published.origin)
-        model = build_published(start.published, {}, per_token=True)[0].eval()
+            why = str(published.extras.get("no tokenizer", "there is no tokenizer.json"))
+            raise ModelError("has no tokenizer, so that no text becomes tokens", why=why, file=published.origin)
+        model = build_published(published, {}, per_token=True)[0].eval()
     tokenizer = start.tokenizer
     assert tokenizer is not None
     chat = ChatFormat(tokenizer, start.template, start.special, start.stops) if start.template else None
@@ -160,19 +159,25 @@ def complete(speaker: Speaker, prompt: str, *, max_tokens: int = 256, **drawn: A
 
 
 def converse(
-    speaker: Speaker, messages: Sequence[Mapping[str, Any]], *, max_tokens: int = 1024, whole: bool = False, **drawn: Any
+    speaker: Speaker, messages: Messages, tools: Messages | None = None, *, max_tokens: int = 1024, whole: bool = False, **drawn: Any
 ) -> Speech:
     """The model's answer to a conversation. The oldest turns that leave it no room are left out, a first system message is not.
 
+    tools:   what the model may call, for the template to write; never left out
     whole:   nothing is left out; it is refused where it is too long
     drawn:   temperature, top_k, top_p, seed: see models.generate
-    raises:  ModelError without a chat template, or where it is too long; DataError where the template refuses the messages
+    raises:  ModelError without a chat template, with one that writes no tools, or where it is too long; DataError where the template
+             refuses the messages, or a tool is no object
     """
+    if wrong := [tool for tool in tools or () if not isinstance(tool, Mapping)]:
+        raise DataError(f"a tool is {type(wrong[0]).__name__}, no object", mend='write {"type": "function", "function": {"name": …}}')
+    if tools and speaker.encode_turns(messages, tools) == speaker.encode_turns(messages):
+        raise ModelError(f"the chat template of '{speaker.name}' writes no tools", mend="describe them in a system message")
     begin = int(bool(messages) and messages[0].get("role") == "system")
     room = min(max_tokens, speaker.context // 4)  # what an answer should have at least
     starts = [i for i, message in enumerate(messages) if i > begin and message.get("role") == "user"]
     for first in [begin, *starts]:
-        ids = speaker.encode_turns([*messages[:begin], *messages[first:]])
+        ids = speaker.encode_turns([*messages[:begin], *messages[first:]], tools)
         if whole or len(ids) + room <= speaker.context:
             break
     return Speech(speaker, _with_room(speaker, ids, "the conversation"), [], max_tokens, drawn, dropped=first - begin)

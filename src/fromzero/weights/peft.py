@@ -1,4 +1,6 @@
-"""Adapters: settings and tensors in, the two files that PEFT writes and reads out, and back, strictly. Knows names and tensors, no model.
+"""Adapters: settings and tensors in, the two files that PEFT writes and reads out, and back, strictly; or summed into their base.
+
+Knows names and tensors, no model.
 
 Format: adapter_config.json and adapter_model.safetensors as `peft` 0.21 writes them (LoraConfig, save_pretrained).
 """
@@ -16,15 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fromzero.errors import SourceError
+from fromzero.errors import SourceError, nearest
 from fromzero.sources.cache import write_whole
-from fromzero.weights.tensors import check_fit, open_safetensors, read_json, some, write_tensors
+from fromzero.weights.tensors import Tensors, check_fit, open_safetensors, read_json, some, write_tensors
+from fromzero.weights.torch_files import open_torch
 from fromzero.weights.translate import TensorMap, to_ours, to_theirs
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS, OLDER = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 Layers = Mapping[str, Sequence[str]]  # our module → the published modules that its rows are, in their order
 Parts = Mapping[str, Sequence[int]]  # our module → the rows of each
+Adapter = tuple["PeftSettings", dict[str, Tensor], dict[str, Tensor]]  # what read_peft returns
 _PREFIX = "base_model.model."
+_BY_PEFT = "merge it with peft: merge_and_unload, save_pretrained"
 _LEAVES = {"a": "lora_A.weight", "b": "lora_B.weight", "magnitude": "lora_magnitude_vector"}
 
 # Keys that are read, or do not change what the tensors mean: they name the base, or choose modules, which the tensors name themselves.
@@ -46,7 +51,7 @@ _DONE: dict[str, tuple[Any, ...]] = {
 class PeftSettings:
     """What an adapter is beside its tensors.
 
-    base:        the published model that it belongs to
+    base:        the published model that it belongs to;  revision: of it, where it is on a hub
     transposed:  whether the base's file keeps its matrices (inputs, outputs), as GPT-2's does
     """
 
@@ -57,6 +62,12 @@ class PeftSettings:
     dropout: float = 0.0
     base: str = ""
     transposed: bool = False
+    revision: str = ""
+
+    @property
+    def scale(self) -> float:
+        """Of B A.  source: alpha / R, arXiv:2106.09685 section 4.1; alpha / √R, arXiv:2312.03732 section 3"""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
 def write_peft(
@@ -84,6 +95,7 @@ def write_peft(
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": settings.base or None,
+        "revision": settings.revision or None,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
@@ -107,7 +119,7 @@ def write_peft(
     return {TENSORS: digest, CONFIG: hashlib.sha256(text).hexdigest()}
 
 
-def read_peft(folder: Path) -> tuple[PeftSettings, dict[str, Tensor], dict[str, Tensor]]:
+def read_peft(folder: Path) -> Adapter:
     """returns: the settings; the adapters' tensors under the names of the file, for from_peft; whole tensors by published name
 
     raises: SourceError naming each key of the config that asks for what is not done here, and tensors that are of no module
@@ -122,13 +134,77 @@ def read_peft(folder: Path) -> tuple[PeftSettings, dict[str, Tensor], dict[str, 
     if type(rank) is not int or rank < 1 or not numbers or not 0 <= dropout < 1:
         raise SourceError(f"r, lora_alpha and lora_dropout are no numbers for an adapter: {rank!r}, {alpha!r}, {dropout!r}", file=file)
     stabilised, dora, transposed = (config.get(key) is True for key in ("use_rslora", "use_dora", "fan_in_fan_out"))
-    settings = PeftSettings(rank, alpha, stabilised, dora, dropout, str(config.get("base_model_name_or_path") or ""), transposed)
-    tensors = open_safetensors(folder / TENSORS)
+    base, revision = (str(config.get(key) or "") for key in ("base_model_name_or_path", "revision"))
+    settings = PeftSettings(rank, alpha, stabilised, dora, dropout, base, transposed, revision)
+    tensors = _opened(folder)
     if strange := [name for name in tensors if not name.startswith(_PREFIX)]:
         raise SourceError(f"has tensors that belong to no module of a model: {some(strange)}", file=tensors.file)
     adapters = {name for name in tensors if name.endswith((*_LEAVES.values(),))}
     extra = {name.removeprefix(_PREFIX): tensors[name] for name in tensors if name not in adapters}
     return settings, {name: tensors[name] for name in tensors if name in adapters}, extra
+
+
+def _opened(folder: Path) -> Tensors:
+    for name, opener in ((TENSORS, open_safetensors), (OLDER, open_torch)):
+        if (folder / name).is_file():
+            return opener(folder / name)
+    mend = f"bring {TENSORS} into it: both files are written together"
+    raise SourceError(f"has an {CONFIG}, but no {TENSORS} and no {OLDER}", mend=mend, file=str(folder))
+
+
+def merge_peft(adapter: Adapter, base: Tensors, *, vocabulary: int | None, file: str) -> Tensors:
+    """The base's tensors with what an adapter learned in them, each summed, in float32 at least, when it is asked for.
+
+    vocabulary:  rows that a matrix of words has, where the base's head and embedding may be one; None where they are two
+    raises:      SourceError naming what the adapter holds that the base has no place for, or of another shape
+    """
+    settings, low, extra = adapter
+    adapted = sorted({name.removeprefix(_PREFIX).rpartition(".lora_")[0] for name in low})
+    places = {module: _place(f"{module}.weight", base) for module in adapted}
+    whole = {_place(name, base): name for name in extra}
+    if not places and not whole:
+        raise SourceError("its adapter holds no tensors", why="it would change nothing", mend="name the base itself", file=file)
+    if lost := [module for module, place in places.items() if len(base.shapes.get(place, ())) != 2]:
+        close = nearest(f"{lost[0]}.weight", base)
+        mend = f"near: {lost[0]}.weight ~ {close[0]}" if close else "name the base that it was trained beside"
+        raise SourceError(f"adapts what is no matrix of its base: {some(lost)}", why=f"the base is {base.file}", mend=mend, file=file)
+    if lost := [name for name, tensor in extra.items() if base.shapes.get(_place(name, base)) != tuple(tensor.shape)]:
+        what = f"holds whole tensors that its base has not, or of another shape: {some(lost)}"
+        raise SourceError(what, why="each is put in the place of the base's", mend=_BY_PEFT, file=file)
+    if words := [name for name in (*places.values(), *whole) if vocabulary and base.shapes[name][:1] == (vocabulary,)]:
+        why = "the base's head and embedding may be one matrix, of which PEFT changes one use and not the other"
+        raise SourceError(f"changes {some(words)}", why=why, mend=_BY_PEFT, file=file)
+    wanted: dict[str, Tensor] = {}
+    for module, place in places.items():
+        rows, columns = reversed(base.shapes[place]) if settings.transposed else base.shapes[place]
+        shapes = {"a": (settings.rank, columns), "b": (rows, settings.rank), "magnitude": (rows,)}
+        wanted |= {_key(module, leaf): torch.empty(shapes[leaf], device="meta") for leaf in _leaves(settings)}
+    check_fit(wanted, low, file=file)
+    modules = {place: module for module, place in places.items()}
+
+    def read(name: str) -> Tensor:
+        if name not in modules:
+            return extra[whole[name]] if name in whole else base[name]
+        return _summed(base[name], [low[_key(modules[name], leaf)] for leaf in _leaves(settings)], settings)
+
+    return Tensors(base.file, base.shapes, read)
+
+
+def _place(name: str, base: Tensors) -> str:
+    """What the base calls a tensor; empty where it has none. A file of a body alone leaves the body's prefix out, and so does an
+    adapter that learned beside a body alone."""
+    found = [name] if name in base else [of for of in base if name.endswith(f".{of}") or of.endswith(f".{name}")]
+    return found[0] if len(found) == 1 else ""
+
+
+def _summed(weight: Tensor, learned: Sequence[Tensor], settings: PeftSettings) -> Tensor:
+    """W + s B A, with DoRA each row scaled to its magnitude.  source: arXiv:2402.09353 section 4"""
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    a, b, *magnitude = (tensor.to(kind) for tensor in learned)
+    made = torch.addmm((weight.T if settings.transposed else weight).to(kind), b, a, alpha=settings.scale)  # (out, in)
+    for of in magnitude:
+        made *= (of / torch.linalg.vector_norm(made, dim=1))[:, None]
+    return made.T.contiguous() if settings.transposed else made
 
 
 def from_peft(tensors: Mapping[str, Tensor], settings: PeftSettings, layers: Layers, parts: Parts, *, file: str) -> dict[str, Tensor]:

