@@ -30,6 +30,7 @@ LEAST_STEPS = 4  # the first warms up and is not counted
 MOST_STEPS = 24
 ENOUGH_SECONDS = 0.15  # steps of a small model are many, so that their median means something
 MOST_SECONDS, MOST_SHARE = 3.0, 0.05  # of trial steps and certificate together: the larger of this and its share of the run
+LONG_STEP = 0.5  # seconds
 MOST_SAMPLES = 4096  # of a very large batch a part is measured
 
 
@@ -69,7 +70,7 @@ def _measured(job: Job, before: int, began: float) -> Measured:
     forget_peak()
     trial = _steps(job, index)
     whole, fetch, update = (share * statistics.median(seconds) for seconds in (trial.whole, trial.fetch, trial.update))
-    one_piece = _piece_seconds(job, index)
+    one_piece = _piece_seconds(job, index, whole)
     if len(largest):
         _gradients(job, largest)
     evaluate = _evaluation_seconds(job)
@@ -157,9 +158,9 @@ def _silent(job: Job) -> tuple[str, ...]:
     return tuple(n for n, p in trained if (p.grad is None or not p.grad.any()) and n not in later)
 
 
-def _piece_seconds(job: Job, index: Tensor) -> float:
-    """What a second piece adds to a batch, where it may be cut."""
-    if job.plan.facts.may_not_be_cut or len(index) < 2:
+def _piece_seconds(job: Job, index: Tensor, seconds: float) -> float:
+    """What a second piece adds to a batch, where it may be cut; beside long steps it is nothing."""
+    if job.plan.facts.may_not_be_cut or len(index) < 2 or seconds > LONG_STEP:
         return 0.0
     half = len(index) // 2
     times: dict[int, float] = {}
