@@ -8,6 +8,7 @@ from fromzero.data import TextFacts, count_batches
 from fromzero.errors import Fault, PlanRefused, RecipeError
 from fromzero.optim import lr_multiplier
 from fromzero.planner.cost import run_seconds, training_bytes
+from fromzero.planner.cut import choose_cut
 from fromzero.planner.values import Choice, Facts, Finding, Plan, TrainRow
 from fromzero.planner.xray import findings
 from fromzero.recipe.schema import BatchTokens, Recipe
@@ -36,7 +37,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
     rows = _score_rows(recipe, facts, batch)
     attention, why = _attention(facts)
     lowrank, merged = _lowrank(recipe, facts)
-    prefix, why_prefix = _prefix(recipe, facts, again=steps > steps_per_epoch)
+    prefix, kept_in, why_prefix = _prefix(recipe, facts, steps, batch, again=steps > steps_per_epoch)
     threads = facts.machine.threads if recipe.limits.threads == "auto" else min(recipe.limits.threads, facts.machine.threads)
     choices = (
         Choice("device", facts.machine.device, _device_reason(recipe, facts)),
@@ -62,6 +63,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         precision=precision,
         attention=attention,
         prefix=prefix,
+        kept_in=kept_in,
         lowrank=lowrank,
         batch=batch,
         batch_tokens=batch_tokens,
@@ -149,29 +151,13 @@ def _lowrank(recipe: Recipe, facts: Facts) -> tuple[str, str]:
     return _fast_if_equal(facts, "merged", "W + s·B·A once a step, one product a layer")
 
 
-def _prefix(recipe: Recipe, facts: Facts, *, again: bool) -> tuple[str, str]:
-    """Whether what the head reads is computed once and kept, and why or why not; nothing to say where more than a head learns.
-
-    again:  examples are taken more than once
-    """
-    head, model = recipe.head.layer or facts.model.head, facts.model
-    layer = next((layer for layer in model.layers if layer.name == head), None)
-    still = set(facts.frozen.parameters)
-    free = {p for other in model.layers for p in other.tensors if p not in still}
-    if layer is None or not still or free != set(layer.tensors) or recipe.predicts_tokens or recipe.adapter is not None:
-        return "", ""
-    if recipe.data.augment is not None:
-        return "", "data.augment changes the inputs every epoch"
-    if facts.data.kind == "items":
-        return "", "a dataset of your own may give something else each time"
-    examples = facts.data.train + facts.data.validation
-    if not again:
-        return "", "no example is taken twice"
-    needs = 4 * examples * max(layer.tensors.values()) // max(model.output_shape[-1] if model.output_shape else 1, 1)
-    if needs > facts.machine.memory_bytes * _SHARE / 4:
-        return "", f"what the head reads of all examples is {format_bytes(needs)}"
-    chosen, why = _fast_if_equal(facts, "kept", f"what the head reads is computed once, {format_bytes(needs)}")
-    return (chosen, why) if chosen == "kept" else ("", why.replace("kept path", "head fed with what is kept"))
+def _prefix(recipe: Recipe, facts: Facts, steps: int, batch: int, *, again: bool) -> tuple[str, str, str]:
+    """As `choose_cut`, but only while trial steps show loss and gradients from there equal to those of the whole."""
+    cut, place, why = choose_cut(recipe, facts, steps, batch, again=again)
+    if not cut:
+        return "", "", why
+    chosen, why = _fast_if_equal(facts, "kept", why)
+    return (cut, place, why) if chosen == "kept" else ("", "", why.replace("the kept path", f"begun at {cut}, a step"))
 
 
 def _fast_if_equal(facts: Facts, fast: str, what: str) -> tuple[str, str]:

@@ -28,7 +28,8 @@ class Measured:
     silent: tuple[str, ...]
     peak_bytes: int
     batch: int
-    kept_step_seconds: float | None = None  # of a step that starts at the head; None where none can
+    kept_step_seconds: float | None = None  # of a step that begins at the cut; None where none can
+    no_cut: str = ""  # why none can
     pass_seconds: float | None = None  # of one example through what stands still
     path_errors: dict[str, float] = field(
         default_factory=dict
@@ -99,7 +100,8 @@ class Plan:
     keep_memory: bool  # freed memory stays with the process
     precision: str
     attention: str  # the path that attention over documents takes; "" where there is none
-    prefix: str  # kept: what the head reads of each example is computed once; "" where every step runs the whole model
+    prefix: str  # the first module that still runs: what it reads of each example is computed once; "" where all runs each time
+    kept_in: str  # memory | file: what holds that; "" where nothing is kept
     lowrank: str  # the path that adapters take; "" where there are none
     batch: int
     batch_tokens: int | None

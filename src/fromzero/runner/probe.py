@@ -11,13 +11,14 @@ import torch
 
 from fromzero.data import Loaded, TextExamples
 from fromzero.devices import give_back_memory, keep_freed_memory, peak_memory
+from fromzero.errors import ModelError
 from fromzero.models import choose_path
 from fromzero.planner.facts import LARGE
 from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.loop import clip, pieces, set_learning_rate
 from fromzero.runner.numbers import gradient_norm
-from fromzero.runner.prefix import head_reads, start_at_head
+from fromzero.runner.prefix import some_rows, start_at_cut
 from fromzero.runner.step import gradients
 from fromzero.tuning import LowRank, choose_lowrank_path, set_training
 
@@ -42,7 +43,7 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         losses, seconds, silent = _steps(job, index)
         evaluate_seconds = _evaluation(job, index)
         errors, peak = _path_errors(job), peak_memory()
-        kept_step, one_pass, kept_error = _from_the_head(job, index) if plan.prefix else (None, None, {})
+        kept_step, one_pass, kept_error, no_cut = _from_the_cut(job, index) if plan.prefix else (None, None, {}, "")
         del job
         if plan.facts.model.parameter_bytes > LARGE:
             give_back_memory()
@@ -55,6 +56,7 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         batch=len(index),
         kept_step_seconds=kept_step,
         pass_seconds=one_pass,
+        no_cut=no_cut,
         path_errors=errors | kept_error,
     )
 
@@ -92,18 +94,22 @@ def _evaluation(job: Job, index: torch.Tensor) -> float:
     return time.perf_counter() - started
 
 
-def _from_the_head(job: Job, index: torch.Tensor) -> tuple[float, float, dict[str, float]]:
-    """Seconds of a step that starts at the head, seconds of an example's way there, and how far both ways' gradients are apart."""
-    model, few = job.model, index[: min(len(index), 8)]
-    choose_path(model, job.plan.attention)
+def _from_the_cut(job: Job, index: torch.Tensor) -> tuple[float | None, float | None, dict[str, float], str]:
+    """Seconds of a step that begins at the cut, seconds of an example's way there, how far both ways' gradients are apart; or why not."""
+    few = index[: min(len(index), 8)]
+    choose_path(job.model, job.plan.attention)
+    set_training(job.model, job.frozen)
     loss, live = _loss_and_gradients(job, few)
-    begun = time.perf_counter()
-    start_at_head(job, head_reads(job, job.train, index), None)
-    passed = (time.perf_counter() - begun) / len(index)
-    set_training(model, job.frozen)
+    try:
+        begun = time.perf_counter()
+        rows = some_rows(job, index)
+        passed = (time.perf_counter() - begun) / len(index)
+        start_at_cut(job, rows, None)
+    except ModelError as error:
+        return None, None, {}, str(error)
     kept_loss, kept = _loss_and_gradients(job, few)
     _, seconds, _ = _steps(job, index)
-    return statistics.median(seconds), passed, {"kept": _distance(loss, live, kept_loss, kept)}
+    return statistics.median(seconds), passed, {"kept": _distance(loss, live, kept_loss, kept)}, ""
 
 
 def _distance(loss: float, plain: list[torch.Tensor], other_loss: float, other: list[torch.Tensor]) -> float:
