@@ -244,6 +244,26 @@ def test_what_fits_nowhere_is_not_kept_and_what_does_not_fit_into_memory_is_kept
     assert any("what 6 reads of all examples is" in choice.reason for choice in refused.choices)
 
 
+def test_inputs_that_change_from_epoch_to_epoch_are_not_kept(tmp_path: Path) -> None:
+    x, y = images()
+    for data, said in (
+        ({"train": (x, y), "augment": "light"}, "data.augment changes the inputs every epoch"),
+        ({"train": [(a, int(b)) for a, b in zip(x, y, strict=True)]}, "a dataset of your own may give something else each time"),
+    ):
+        planned = fz.plan(of_images(seeded(Convolutions), {"through": "4"}, data=data), runs=tmp_path, probe=False)
+        assert planned.plan.prefix == "" and [c.reason for c in planned.plan.choices if c.name == "frozen part"] == [said]
+
+
+def test_a_part_whose_end_is_not_known_is_run_each_time_and_the_plan_says_why(tmp_path: Path) -> None:
+    class Branches(Draws):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.third(self.second(self.first(x.flatten(1)))) if x.sum() > 0 else self.third(self.first(x.flatten(1)))
+
+    planned = fz.plan(of_images(seeded(Branches), {"through": "first"}), runs=tmp_path, probe=False)
+    (reason,) = [choice.reason for choice in planned.plan.choices if choice.name == "frozen part"]
+    assert planned.plan.prefix == "" and reason.startswith("where it ends is not known: the order of its layers cannot be read")
+
+
 def test_trial_steps_that_are_slower_from_the_cut_decide_against_it(tmp_path: Path) -> None:
     planned = fz.plan(of_images(seeded(Convolutions), {"through": "4"}), runs=tmp_path)
     from fromzero.planner.make import make
@@ -360,18 +380,24 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(kind: str, speaker: Path, cha
 # ---------------------------------------------------------------------------------------- the cut itself
 
 
+class Halves(nn.Module):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return x[:, :3], x[:, 3:]
+
+
 class Reused(nn.Module):
-    """One activation used before and after, a table of positions beside the chain, and a layer that gives two tensors"""
+    """One activation used before and after, a scale computed beside the chain, and layers that give two tensors"""
 
     def __init__(self) -> None:
         super().__init__()
         self.act, self.first, self.second, self.head = nn.ReLU(), nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
         self.pair = nn.GRU(6, 6, batch_first=True)
-        self.beside = nn.Identity()
+        self.beside, self.halves = nn.Identity(), Halves()
 
     def forward(self, x: Tensor) -> Tensor:
-        scale = self.beside(torch.ones(6))
-        y = self.act(self.second(self.act(self.first(x))))
+        scale = self.beside(torch.ones(len(x), 6))
+        y = torch.cat(self.halves(self.act(self.first(x))), dim=1)
+        y = self.act(self.second(y))
         y = self.pair(y[:, None])[0][:, 0]
         return self.head(self.act(y) * scale)
 
@@ -387,6 +413,7 @@ def test_what_stands_beside_the_chain_is_computed_and_a_layer_that_runs_again_ru
     assert torch.equal(kept, model.first(x).relu())
     tail = begin_at(model, "second", (x[:2],))
     assert torch.equal(tail(kept, torch.zeros(5, 4)), model(x))
+    assert torch.equal(begin_at(model, "act", (x[:2],))(model.first(x), torch.zeros(5, 4)), model(x))
     assert "forward" not in vars(model.first) and torch.equal(run(model, (x,)), model(x))  # as it was
     assert {id(p) for p in tail.parameters()} == {id(p) for p in model.parameters()}
 

@@ -61,11 +61,11 @@ def recipe(model: nn.Module, **keys: Any) -> dict[str, Any]:
     }
 
 
-def trained(values: dict[str, Any], runs: Path, *, prefix: str | None = None) -> tuple[fz.Planned, Any, list[float]]:
+def trained(values: dict[str, Any], runs: Path, *, prefix: str | None = None, probe: bool = True) -> tuple[fz.Planned, Any, list[float]]:
     """prefix: in the place of what the planner chose"""
     from dataclasses import replace
 
-    planned = fz.plan(values, runs=runs)
+    planned = fz.plan(values, runs=runs, probe=probe)
     if prefix is not None:
         planned = replace(planned, plan=replace(planned.plan, prefix=prefix))
     losses: list[float] = []
@@ -76,6 +76,11 @@ def trained(values: dict[str, Any], runs: Path, *, prefix: str | None = None) ->
 def net(p: float = 0.0) -> Net:
     torch.manual_seed(0)
     return Net(p)
+
+
+def half() -> Half:
+    torch.manual_seed(0)
+    return Half()
 
 
 def test_the_same_losses_and_weights_with_and_without(tmp_path: Path, cache: Path) -> None:
@@ -97,8 +102,11 @@ def test_a_body_that_draws_at_random_is_run_each_time(tmp_path: Path, cache: Pat
 
 
 def test_a_head_whose_output_goes_on_is_not_fed_alone(tmp_path: Path, cache: Path) -> None:
-    planned = fz.plan(recipe(Half()), runs=tmp_path / "runs")
+    planned = fz.plan(recipe(half()), runs=tmp_path / "runs")
     assert planned.plan.prefix == "" and "differs by" in str(planned)
+    _, _, losses = trained(recipe(half()), tmp_path / "runs", probe=False)  # no trial steps: the run finds it
+    _, _, plain = trained(recipe(half()), tmp_path / "runs", prefix="")
+    assert losses == plain
 
 
 @pytest.mark.parametrize(
@@ -133,8 +141,11 @@ def test_a_later_run_takes_what_an_earlier_one_kept_and_a_spoiled_file_is_comput
 def test_rows_of_another_model_are_noticed(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prefix, "_key", lambda *_: "always-the-same")
     trained(recipe(net()), tmp_path / "runs")
+    (file,) = cache.glob("*")
+    theirs = file.read_bytes()
     torch.manual_seed(1)
     _, _, mixed = trained(recipe(Net()), tmp_path / "runs")
+    assert file.read_bytes() != theirs
     (cache / "always-the-same.safetensors").unlink()
     torch.manual_seed(1)
     _, _, alone = trained(recipe(Net()), tmp_path / "runs")
