@@ -89,8 +89,8 @@ def test_a_loss_averaged_per_piece_is_refused(monkeypatch: pytest.MonkeyPatch) -
 def test_a_cache_that_serves_a_neighbours_activation_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     made = planned(net(), freeze="body")
     assert made.plan.prefix and not certified(made).refused
-    honest = certificate.head_reads
-    monkeypatch.setattr(certificate, "head_reads", lambda *given: honest(*given).roll(1, 0))
+    honest = certificate.some_rows
+    monkeypatch.setattr(certificate, "some_rows", lambda *given: honest(*given).roll(1, 0))
     found = certified(made)
     assert set(found.refused) == {"frozen part"} and found.error < found.bound
 
@@ -171,7 +171,7 @@ def test_a_difference_that_is_no_number_counts_as_one() -> None:
 def test_plans_can_do_without_each_of_their_fast_ways() -> None:
     made = planned(net()).plan
     fast = replace(
-        made, compiled=True, prefix="kept", attention="documents", lowrank="merged", checkpointed=("a",), score_rows=5, micro_batch=2
+        made, compiled=True, prefix="head", attention="documents", lowrank="merged", checkpointed=("a",), score_rows=5, micro_batch=2
     )
     assert isinstance(fast, Plan) and len(fast.fast_ways) == 7
     for name in fast.fast_ways:

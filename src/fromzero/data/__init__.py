@@ -7,11 +7,12 @@ from fromzero.data.chat import chat_again, load_chat
 from fromzero.data.conversations import ChatFacts
 from fromzero.data.examples import IGNORED, Examples, Inputs, TensorExamples
 from fromzero.data.images import ImageFormat
+from fromzero.data.kept import KeptExamples
 from fromzero.data.language import corpus_again, load_corpus
 from fromzero.data.load import DataFacts, Loaded, Preparation, load, load_again
 from fromzero.data.opening import ChatAsked, Request
 from fromzero.data.order import count_batches, epoch_batches, epoch_order, largest_batch
-from fromzero.data.text import TextAsked, TextExamples, TextFacts, TextFormat
+from fromzero.data.text import TextAsked, TextExamples, TextFacts, TextFormat, places
 from fromzero.data.turns import ChatFormat
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Examples",
     "ImageFormat",
     "Inputs",
+    "KeptExamples",
     "Loaded",
     "Numbers",
     "Preparation",
@@ -46,4 +48,5 @@ __all__ = [
     "load_again",
     "load_chat",
     "load_corpus",
+    "places",
 ]

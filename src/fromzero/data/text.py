@@ -93,7 +93,7 @@ class TextExamples:
         """index: (B,)  returns: ((N,) int64 tokens, (B + 1,) int64 offsets), and (B, …) answers or (N,) next tokens, IGNORED where not trained"""
         lengths = self.lengths[index]
         offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        place = torch.arange(int(offsets[-1])) + torch.repeat_interleave(self.starts[index] - offsets[:-1], lengths)  # (N,)
+        place = places(self.starts[index], lengths)
         inputs = (self.flat[place].long(), offsets)
         if self.answers is not None:
             return inputs, self.answers[index]
@@ -116,6 +116,12 @@ class TextExamples:
             unknown=0 if unknown is None else sum(int((part == unknown).sum()) for part in self.flat.split(2**24)),
             bytes=self.bytes,
         )
+
+
+def places(starts: Tensor, lengths: Tensor) -> Tensor:
+    """Where spans lie, one behind the other.  starts, lengths: (B,).  returns: (N,)"""
+    ends = lengths.cumsum(0)
+    return torch.arange(int(lengths.sum())) + torch.repeat_interleave(starts - (ends - lengths), lengths)
 
 
 def fit_text(asked: TextAsked, texts: Iterable[str], column: str, *, special: bool) -> TextFormat:

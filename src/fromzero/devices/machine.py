@@ -19,7 +19,10 @@ from fromzero.errors import PlanRefused
 
 @dataclass(frozen=True)
 class MachineFacts:
-    """memory_bytes: what can be used now, cgroup and ulimit included."""
+    """memory_bytes: what can be used now, cgroup and ulimit included.  host_bytes: the same of the host, beside a GPU
+
+    disk_bytes: what may be kept in the cache, for whoever asks
+    """
 
     device: str
     device_name: str
@@ -30,6 +33,8 @@ class MachineFacts:
     python: str
     torch: str
     system: str
+    host_bytes: int = 0
+    disk_bytes: int = 0
 
 
 def look_at_machine(asked: str = "auto") -> MachineFacts:
@@ -48,6 +53,7 @@ def look_at_machine(asked: str = "auto") -> MachineFacts:
         python=platform.python_version(),
         torch=torch.__version__,
         system=f"{platform.system()} {platform.machine()}",
+        host_bytes=free_memory(),
     )
 
 

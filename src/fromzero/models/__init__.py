@@ -14,7 +14,7 @@ from fromzero.models.catalogue import (
 )
 from fromzero.models.decoder import Decoder
 from fromzero.models.families import Family
-from fromzero.models.inspect import LayerFacts, ModelFacts, StageFacts, inspect_model
+from fromzero.models.inspect import LayerFacts, ModelFacts, Reads, StageFacts, inspect_model
 from fromzero.models.layers.attention import choose_path
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "Family",
     "LayerFacts",
     "ModelFacts",
+    "Reads",
     "Sizes",
     "StageFacts",
     "blueprint_of_config",

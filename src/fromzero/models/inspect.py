@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,14 @@ class StageFacts:
 
 
 @dataclass(frozen=True)
+class Reads:
+    """The first argument of a module: a tensor of floats with a row for each sample, or for each token. shape: of a row"""
+
+    shape: tuple[int, ...]
+    per_token: bool
+
+
+@dataclass(frozen=True)
 class ModelFacts:
     """layers: in the order they run.  idle: parameters of layers that did not run.  head: the Linear that makes the output."""
 
@@ -72,6 +80,8 @@ class ModelFacts:
     stages: tuple[str, ...] = ()  # submodules in the order they run; empty where they could not be found
     no_stages: str = ""  # why
     foreign: str = ""  # what built it, where that is not fromzero
+    draws: tuple[str, ...] = ()  # layers that draw random numbers in training
+    reads: dict[str, Reads] = field(default_factory=dict)  # stages, and layers in none of them → what each is given
 
 
 def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, samples: int = 2, rows: int | None = None) -> ModelFacts:
@@ -93,6 +103,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
     units = len(inputs[0]) if len(inputs) == 2 else samples
     used = {p for layer in layers for p in layer.tensors}
     linears = tuple(n for n in executed if isinstance(modules[n], nn.Linear))
+    drawing = {n for n, m in modules.items() if isinstance(m, _RANDOM) and getattr(m, "p", True)}
     random = _differs(twin, inputs)
     parameters = dict(model.named_parameters())
     return ModelFacts(
@@ -110,7 +121,9 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
         linears=linears,
         ends_in=_ends_in(outputs),
         flat_dropout=tuple(dict.fromkeys(watch.flat_dropout)),
-        random=random or any(isinstance(m, _RANDOM) and getattr(m, "p", 1) for m in modules.values()),
+        random=random or bool(drawing),
+        draws=tuple(n for n in executed if n in drawing),
+        reads=watch.reads,
         coupled=tuple(n for n in executed if isinstance(modules[n], _COUPLING)),
         attends=any(isinstance(m, Attend) for m in modules.values()),
         stages=stages,
@@ -125,12 +138,14 @@ class _Watch:
     def __init__(self, model: nn.Module, stages: Sequence[str]) -> None:
         self.model = model.eval()
         self.order: list[str] = []
+        self.reads: dict[str, Reads] = {}
         self.flat_dropout: list[str] = []
         self.costs = {stage: [0, 0, 0] for stage in (*stages, "")}  # bytes kept, bytes given, operations
         self.widest = 0
         self._stage = ""
         self._counted = 0
         self._leaves = {n: m for n, m in model.named_modules() if not list(m.children()) or list(m.parameters(recurse=False))}
+        self._parts = {*stages, *(n for n in self._leaves if not n.startswith(tuple(f"{stage}." for stage in stages)))}
 
     def leaves_own(self, parameter: str) -> bool:
         return parameter.rpartition(".")[0] in self._leaves
@@ -150,6 +165,7 @@ class _Watch:
             if stage:
                 handles.append(modules[stage].register_forward_pre_hook(lambda _, given, stage=stage: enter(stage, given)))
                 handles.append(modules[stage].register_forward_hook(lambda *_: enter("", ())))
+        handles += [m.register_forward_pre_hook(self._see(n, inputs)) for n, m in self.model.named_modules() if n in self._parts]
         known = {p.data_ptr() for p in self.model.parameters()}
         kept: dict[int, Tensor] = {}
 
@@ -188,6 +204,16 @@ class _Watch:
             self.widest = max([self.widest, *(a.nbytes for a in arguments if isinstance(a, Tensor))])
             if isinstance(module, nn.Dropout2d) and arguments and isinstance(arguments[0], Tensor) and arguments[0].ndim == 2:
                 self.flat_dropout.append(name)
+
+        return hook
+
+    def _see(self, name: str, inputs: tuple[Tensor, ...]) -> Any:
+        samples, tokens = (len(inputs[1]) - 1, len(inputs[0])) if len(inputs) == 2 else (len(inputs[0]), -1)
+
+        def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            first = arguments[0] if arguments else None
+            if isinstance(first, Tensor) and first.is_floating_point() and first.ndim and len(first) in (samples, tokens):
+                self.reads.setdefault(name, Reads(tuple(first.shape[1:]), len(first) == tokens))
 
         return hook
 

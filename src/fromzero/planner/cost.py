@@ -71,20 +71,18 @@ def trained_values(facts: Facts) -> int:
 
 
 def learned_stages(facts: Facts) -> tuple[StageFacts, ...]:
-    """The stages from the first that learns on: what lies before keeps nothing for a backward pass."""
-    still = set(facts.frozen.parameters)
-    free = [p for layer in facts.model.layers for p in layer.tensors if p not in still]
-    costs = facts.model.costs
-    first = next((place for place, cost in enumerate(costs) if cost.name and any(p.startswith(f"{cost.name}.") for p in free)), 0)
+    """The stages from the first that learns on, and what lies outside all: what lies before keeps nothing for a backward pass."""
+    still, costs = set(facts.frozen.parameters), facts.model.costs
+    free = {p for layer in facts.model.layers if layer.name != facts.model.head for p in layer.tensors if p not in still}
+    inside = {p: place for place, cost in enumerate(costs) if cost.name for p in free if p.startswith(f"{cost.name}.")}
+    first = 0 if free - set(inside) else min(inside.values(), default=max(len(costs) - 1, 0))
     return costs[first:]
 
 
 def unit_bytes(recipe: Recipe, facts: Facts, way: Way) -> int:
     """What a sample or token keeps for the backward pass; at least 1."""
-    scale = WIDTH[recipe.precision] // 4
-    if way.kept or not facts.model.costs:
-        return max(1, 0 if way.kept else facts.model.activation_bytes * scale)
-    return max(1, sum(c.given if c.name in way.checkpointed else c.kept for c in learned_stages(facts)) * scale)
+    held = sum(c.given if c.name in way.checkpointed else c.kept for c in learned_stages(facts))
+    return max(1, held * WIDTH[recipe.precision] // 4)
 
 
 def _again(facts: Facts, way: Way) -> int:
@@ -105,11 +103,10 @@ def step_seconds(facts: Facts, way: Way, chosen: Way, units: int) -> float | Non
     seen = facts.measured
     if seen is None:
         return None
-    if way.kept:
-        return seen.kept_step_seconds
     more = -(-units // way.units) - -(-units // chosen.units)
     again = share_again(facts, way.checkpointed) - share_again(facts, chosen.checkpointed)
-    return seen.step_seconds + more * seen.piece_seconds + again * seen.gradient_seconds
+    one = seen.kept_step_seconds if way.kept and seen.kept_step_seconds is not None else seen.step_seconds
+    return one + more * seen.piece_seconds + again * seen.gradient_seconds
 
 
 def share_again(facts: Facts, checkpointed: tuple[str, ...]) -> float:
@@ -134,7 +131,11 @@ def run_seconds(recipe: Recipe, facts: Facts, steps: int, evaluations: int, way:
         return {}
     if way.kept and seen.pass_seconds is not None and seen.kept_step_seconds is not None:
         once = (facts.data.train + facts.data.validation) * seen.pass_seconds
-        return {"frozen part": once, "step": steps * seen.kept_step_seconds, "evaluate": 0.0}
+        return {
+            "frozen part": once,
+            "step": steps * seen.kept_step_seconds,
+            "evaluate": evaluations * seen.evaluate_seconds * seen.kept_step_seconds / seen.step_seconds,
+        }
     samples = (evaluations if recipe.task == "language" else 1) * seen.sample_seconds
     return {
         "fetch": steps * seen.fetch_seconds,

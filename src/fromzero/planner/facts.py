@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from fromzero.errors import DataError, ModelError
 from fromzero.models import Decoder, ModelFacts, inspect_model
 from fromzero.planner.values import Facts
 from fromzero.recipe.schema import Adapter, BatchTokens, Given, ImageInput, Recipe
+from fromzero.sources.cache import cache_folder, room
 from fromzero.tuning import Frozen, add_adapters, choose_targets, find_frozen, frozen_beside, new_head
 
 PIECE = 256  # tokens of a piece of a corpus, where neither the recipe nor the model says
@@ -67,7 +68,7 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: R
 
     folders: where relative paths are looked for, in this order.  runs: where the run will be
     """
-    machine = look_at_machine(recipe.limits.device)
+    machine = replace(look_at_machine(recipe.limits.device), disk_bytes=room(cache_folder() / "kept"))
     asked = request(recipe, folders, reader)
     loaded = load_corpus(asked) if recipe.task == "language" else load_chat(asked) if recipe.task == "chat" else load(asked)
     _refuse_long_texts(recipe, loaded, reader)

@@ -10,6 +10,7 @@ from fromzero.data import TextFacts, count_batches
 from fromzero.errors import Fault, PlanRefused, RecipeError
 from fromzero.optim import lr_multiplier
 from fromzero.planner.cost import corrected, disk, memory, peak_bytes, run_seconds, trained_values
+from fromzero.planner.cut import NO_CUT, Cut, choose_cut
 from fromzero.planner.values import Choice, Facts, Finding, Plan, TrainRow
 from fromzero.planner.ways import alternatives, choose_way, score_rows
 from fromzero.planner.xray import findings
@@ -17,7 +18,6 @@ from fromzero.recipe.schema import BatchTokens, Recipe
 from fromzero.report.summary import format_bytes
 
 COMPILE_PAYS = 600.0  # seconds of a run on cuda above which compiling is taken to pay
-_KEPT_SHARE = 0.2  # of the free memory, for what the frozen part says
 
 
 def make(recipe: Recipe, facts: Facts) -> Plan:
@@ -29,8 +29,8 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
     evaluations = math.ceil(steps / every) if data.validation else 0
     trainable, precision = trained_values(facts), _precision(recipe, facts)
     attention, adapters = _attention(facts), _lowrank(recipe, facts)
-    prefix, kept = _prefix(recipe, facts, again=steps > steps_per_epoch)
-    chosen = choose_way(recipe, facts, batch, kept)
+    prefix, cut = _prefix(recipe, facts, steps, again=steps > steps_per_epoch)
+    chosen = choose_way(recipe, facts, batch, cut.bytes)
     compiled = _compile(recipe, facts, steps)
     threads = facts.machine.threads if recipe.limits.threads == "auto" else min(recipe.limits.threads, facts.machine.threads)
     rows = score_rows(recipe, facts, batch)
@@ -54,7 +54,8 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         keep_memory=facts.machine.keeps_memory,
         precision=str(precision.value),
         attention=str(attention.value) if attention else "",
-        prefix=str(prefix.value) if kept and prefix else "",
+        prefix=cut.module,
+        kept_in=cut.place,
         lowrank=str(adapters.value) if adapters else "",
         batch=batch,
         batch_tokens=batch_tokens,
@@ -175,32 +176,13 @@ def _compile(recipe: Recipe, facts: Facts, steps: int) -> Choice | None:
     return choice if choice.value == "on" else replace(choice, value="off")
 
 
-def _prefix(recipe: Recipe, facts: Facts, *, again: bool) -> tuple[Choice | None, int]:
-    """Whether what the head reads is computed once and kept, why or why not, and its bytes; nothing to say where more than a head learns.
-
-    again:  examples are taken more than once
-    """
-    head, model = recipe.head.layer or facts.model.head, facts.model
-    layer = next((layer for layer in model.layers if layer.name == head), None)
-    still = set(facts.frozen.parameters)
-    free = {p for other in model.layers for p in other.tensors if p not in still}
-    if layer is None or not still or free != set(layer.tensors) or recipe.predicts_tokens or recipe.adapter is not None:
-        return None, 0
-    examples = facts.data.train + facts.data.validation
-    needs = 4 * examples * max(layer.tensors.values()) // max(model.output_shape[-1] if model.output_shape else 1, 1)
-    no = ""
-    if recipe.data.augment is not None:
-        no = "data.augment changes the inputs every epoch"
-    elif facts.data.kind == "items":
-        no = "a dataset of your own may give something else each time"
-    elif not again:
-        no = "no example is taken twice"
-    elif needs > facts.machine.memory_bytes * _KEPT_SHARE:
-        no = f"what the head reads of all examples is {format_bytes(needs)}"
-    if no:
-        return Choice("frozen part", "run each time", no), 0
-    choice = _unless_refused(facts, "frozen part", "kept", f"what the head reads is computed once, {format_bytes(needs)}")
-    return (choice, needs) if choice.value == "kept" else (replace(choice, value="run each time"), 0)
+def _prefix(recipe: Recipe, facts: Facts, steps: int, *, again: bool) -> tuple[Choice | None, Cut]:
+    """As `choose_cut`, unless the certificate found that steps which begin there compute something else."""
+    cut = choose_cut(recipe, facts, steps, again=again)
+    if not cut.module:
+        return Choice("frozen part", "run each time", cut.why) if cut.why else None, cut
+    choice = _unless_refused(facts, "frozen part", "kept", cut.why)
+    return (choice, cut) if choice.value == "kept" else (replace(choice, value="run each time"), NO_CUT)
 
 
 def _unless_refused(facts: Facts, name: str, fast: str, what: str) -> Choice:

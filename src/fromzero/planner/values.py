@@ -34,7 +34,8 @@ class Measured:
     planning_bytes: int  # most that planning held
     spread: tuple[float, float] = (1.0, 1.0)  # fastest and slowest trial step, relative to step_seconds
     seconds: float = 0.0  # that trial steps and certificate took
-    kept_step_seconds: float | None = None  # of a step that starts behind the frozen part; None where none can
+    kept_step_seconds: float | None = None  # of a step that begins at the cut; None where none can
+    no_cut: str = ""  # why none can
     pass_seconds: float | None = None  # of one example through what stands still
     certificate: Certificate | None = None
 
@@ -183,7 +184,8 @@ class Plan:
     keep_memory: bool  # freed memory stays with the process
     precision: str
     attention: str  # the path that attention over documents takes; "" where there is none
-    prefix: str  # kept: what the head reads of each example is computed once; "" where every step runs the whole model
+    prefix: str  # the first module that still runs: what it reads of each example is computed once; "" where all runs each time
+    kept_in: str  # memory | file: what holds that; "" where nothing is kept
     lowrank: str  # the path that adapters take; "" where there are none
     batch: int
     batch_tokens: int | None
@@ -232,7 +234,7 @@ class Plan:
         """The same plan with some of its fast ways switched off."""
         plain: dict[str, dict[str, Any]] = {
             "compile": {"compiled": False},
-            "frozen part": {"prefix": ""},
+            "frozen part": {"prefix": "", "kept_in": ""},
             "attention": {"attention": "plain"},
             "adapters": {"lowrank": "plain"},
             "checkpointing": {"checkpointed": ()},

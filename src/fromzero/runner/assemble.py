@@ -58,8 +58,8 @@ class Job:
     augment: Augmentation | None
     device: torch.device
     saved: SavedModel
-    stepped: nn.Module  # what a step runs: the model, or its head alone where what that reads is kept
-    fed: Examples  # what a step takes: the training examples, or what the head reads of them
+    stepped: nn.Module  # what a step runs: the model, or its tail from where the frozen part ends
+    fed: Examples  # what a step takes: the training examples, or those with what the tail reads of them
     fed_validation: Examples | None
 
 

@@ -18,7 +18,7 @@ from fromzero.data import TextExamples
 from fromzero.planner.values import Certificate, Plan
 from fromzero.runner.assemble import Job
 from fromzero.runner.pieces import pieces
-from fromzero.runner.prefix import head_reads, start_at_head
+from fromzero.runner.prefix import some_rows, start_at_cut
 from fromzero.runner.regions import carry_out
 from fromzero.runner.step import gradients
 from fromzero.tuning import set_training
@@ -82,7 +82,7 @@ def _passed(job: Job, plan: Plan, index: Tensor, *, exact: bool = False) -> tupl
         return 0.0, {}
     if plan.prefix:
         torch.manual_seed(plan.recipe.seed + 1)  # what stands still may draw nothing
-        start_at_head(job, head_reads(job, job.train, index), None)
+        start_at_cut(job, some_rows(job, index), None)
     set_training(job.model, job.frozen)
     torch.manual_seed(plan.recipe.seed)  # the same dropout
     job.optimizer.zero_grad()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from fromzero.data import Examples, Inputs, Numbers, TextExamples
+from fromzero.data import Examples, Inputs, KeptExamples, Numbers, TextExamples
 from fromzero.data.answers import Answers
 from fromzero.objectives import Loss, Metrics
 from fromzero.runner.step import Around, judged
@@ -47,7 +47,7 @@ class Judge:
                 total += part.total.double().cpu()
                 count += part.counted.double().cpu()
                 self.metrics.update(self._in_units(part.outputs), self._in_units(part.targets))
-        text_bytes = examples.bytes if isinstance(examples, TextExamples) and index is None else 0
+        text_bytes = examples.bytes if isinstance(examples, (TextExamples, KeptExamples)) and index is None else 0
         return float(total / count), self.metrics.compute(text_bytes=text_bytes)
 
     def _in_units(self, values: Tensor) -> Tensor:

@@ -1,108 +1,155 @@
-"""Prefix: a model of which only the head learns in; what its head reads of each example, computed once and kept, out.
+"""Prefix: a model whose first part stands still in; what the rest reads of each example, computed once and kept, out.
 
-The part before the head stands still and draws nothing at random, so that it says the same in every epoch: what it says is
-computed in one pass and kept, in memory and in the cache, from where a later run with the same weights and data takes it.
-Dims: S examples, D width of what the head reads.
+That part draws nothing at random, so that it says the same in every epoch: one pass computes it, and steps begin at the cut. It is
+kept in memory, or in a file of the cache that is read where it is needed; from there a later run with the same weights and data
+takes it.
+Dims: M examples, S some of them, N tokens end to end.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from fromzero.data import Examples, TensorExamples, TextExamples
+from fromzero.data import Examples, KeptExamples, TensorExamples, TextExamples, places
 from fromzero.errors import ModelError, SourceError
 from fromzero.report import events
 from fromzero.report.events import Event, Warned
 from fromzero.runner.assemble import Job
-from fromzero.sources.cache import cache_folder
+from fromzero.runner.cut import begin_at, reads_at, run
+from fromzero.runner.pieces import by_tokens
+from fromzero.sources.cache import cache_folder, make_room
 from fromzero.tuning import set_training
-from fromzero.weights import read_tensors, write_tensors
+from fromzero.weights import map_tensors, write_blocks
 
 SPOKEN_SECONDS = 1.0  # between two words on how far it is
 LEAST_SECONDS = 2.0  # what took less is not worth a file
-MOST_CACHED = 2**30  # bytes that one run leaves in the cache
-COMPARED = 8  # kept examples that are computed anew, before and after training
-DIFFERENCE = 1e-5  # of those, relative to the largest value; a float32 product in another order stays below
+BLOCK_TOKENS, PASS_TOKENS = 2**16, 1024  # of text that is ordered by length, and of it at once
+COMPARED = 8  # examples that are computed anew, before and after training
+DIFFERENCE = {
+    "float32": 1e-5,
+    "float64": 1e-5,
+    "bf16": 2e-2,
+}  # of those, relative to the largest value; products in another order stay below
 Kept = dict[str, Tensor]
 
 
 @torch.no_grad()
-def head_reads(job: Job, examples: Examples, index: Tensor, told: Callable[[int], None] = lambda done: None) -> Tensor:
-    """What the head reads of some examples, as the frozen part says it in training.  index: (S,)  returns: (S, D), float
+def kept_rows(job: Job, examples: Examples, index: Tensor, told: Callable[[int], None] = lambda done: None) -> Iterator[Tensor]:
+    """What the cut reads of some examples, as the frozen part says it in training, in blocks in the order of the index.
 
-    told:   hears after each batch how many it had
-    raises: ModelError where the head does not read one row an example
+    index:   (S,)
+    told:    hears after each batch how many it had
+    returns: (…, rest) each: a row for each example, or for each token of theirs
+    raises:  ModelError where it reads anything else
     """
-    seen: list[Tensor] = []
-    head = job.model.get_submodule(head_of(job))
-    set_training(job.model, job.frozen)
-    handle = head.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0]))
-    order = examples.lengths[index].argsort(stable=True) if isinstance(examples, TextExamples) else torch.arange(len(index))
-    rows: list[Tensor] = []
-    try:
-        for part in order.split(job.judge.batch):
-            inputs, _ = job.judge.on_device(*examples.take(index[part]))
+    lengths = examples.lengths if isinstance(examples, TextExamples) else None
+    for block in index.split(job.judge.batch) if lengths is None else by_tokens(index, lengths[index], BLOCK_TOKENS):
+        order = torch.arange(len(block)) if lengths is None else lengths[block].argsort(stable=True)
+        ordered = block[order]
+        said = []
+        for part in [ordered] if lengths is None else by_tokens(ordered, lengths[ordered], PASS_TOKENS):
+            inputs, _ = job.judge.on_device(*examples.take(part))
             with job.judge.around():
-                job.model(*inputs)
-            if len(seen) != 1 or seen[0].ndim != 2 or len(seen[0]) != len(part):
-                raise ModelError("the head does not read one row an example", key="freeze")
-            rows.append(seen.pop())
+                said.append(reads_at(job.model, job.plan.prefix, inputs).cpu())
+            if len(said[-1]) != (int(lengths[part].sum()) if per_token(job) and lengths is not None else len(part)):
+                raise ModelError(f"'{job.plan.prefix}' does not read one row for each example")
             told(len(part))
-    finally:
-        handle.remove()
-    return torch.cat(rows)[order.argsort()]
+        rows, back = torch.cat(said), order.argsort()
+        if per_token(job) and lengths is not None:
+            sizes = lengths[ordered]
+            back = places((sizes.cumsum(0) - sizes)[back], sizes[back])
+        yield rows[back]
 
 
-def head_of(job: Job) -> str:
-    """The layer that alone learns"""
-    free = {name.rpartition(".")[0] for name, parameter in job.model.named_parameters() if parameter.requires_grad}
-    assert len(free) == 1, free
-    return free.pop()
+def per_token(job: Job) -> bool:
+    """Whether the cut reads a row for each token; else one for each example"""
+    return job.plan.facts.model.reads[job.plan.prefix].per_token
 
 
-def start_at_head(job: Job, train: Tensor, validation: Tensor | None) -> None:
-    """From here on a step runs the head alone, fed with what it would read."""
-    job.stepped = job.model.get_submodule(head_of(job))
-    job.fed = TensorExamples(train, job.train.take(torch.arange(len(train)))[1])
+def some_rows(job: Job, index: Tensor) -> Tensor:
+    """Of some training examples, all blocks together."""
+    set_training(job.model, job.frozen)
+    return torch.cat(list(kept_rows(job, job.train, index)))
+
+
+def start_at_cut(job: Job, train: Tensor, validation: Tensor | None) -> None:
+    """From here on a step begins at the cut, fed with what that reads; a head that alone learns is stepped by itself.
+
+    train:   of all training examples, or of the first so many
+    raises:  ModelError where the rest of the model needs more than that, or says something else with it
+    """
+    head = job.model.get_submodule(job.plan.prefix)
+    alone = _only_the_head_learns(job)
+
+    def fed(examples: Examples, rows: Tensor) -> Examples:
+        return TensorExamples(rows, examples.targets[: len(rows)]) if alone else KeptExamples(examples, rows, per_token(job))
+
+    count = int((job.train.lengths.cumsum(0) <= len(train)).sum()) if isinstance(job.train, TextExamples) and per_token(job) else len(train)
+    few, now = torch.arange(min(COMPARED, count)), fed(job.train, train)
+    longest = job.train.lengths.argsort(descending=True)[:2] if isinstance(job.train, TextExamples) else few[:2]
+    job.model.eval()
+    with torch.no_grad(), job.judge.around():
+        try:
+            stepped = head if alone else begin_at(job.model, job.plan.prefix, job.judge.on_device(*job.train.take(longest))[0])
+            plain, other = (
+                run(model, job.judge.on_device(*examples.take(few))[0]) for model, examples in ((job.model, job.train), (stepped, now))
+            )
+        except ModelError:
+            raise
+        except Exception as error:  # a person's code meets tensors without values: anything can happen
+            raise ModelError(f"it cannot begin at '{job.plan.prefix}': {str(error).strip().partition(chr(10))[0]}") from error
+        finally:
+            set_training(job.model, job.frozen)
+    if plain.shape != other.shape or (apart := _apart(other, plain)) > DIFFERENCE[job.plan.precision]:
+        said = "has another shape" if plain.shape != other.shape else f"differs by {apart:.1e}"
+        raise ModelError(f"begun at '{job.plan.prefix}', what the model says {said}")
+    job.stepped, job.fed = stepped, now
     if job.validation is not None and validation is not None:
-        job.fed_validation = TensorExamples(validation, job.validation.take(torch.arange(len(validation)))[1])
+        job.fed_validation = fed(job.validation, validation)
+
+
+def _only_the_head_learns(job: Job) -> bool:
+    """And nothing is known to follow it"""
+    recipe, model = job.plan.recipe, job.plan.facts.model
+    free = {name.rpartition(".")[0] for name, parameter in job.model.named_parameters() if parameter.requires_grad}
+    return free == {job.plan.prefix} == {recipe.head.layer or model.head} and not model.ends_in and not recipe.predicts_tokens
 
 
 def keep_prefix(job: Job, frozen: str, tell: Callable[[Event], None]) -> None:
-    """Compute what the head reads of all examples, or take it from the cache, and start there.
+    """Compute what the cut reads of all examples, or take it from the cache, and start there; where that fails, all runs each time.
 
     frozen:  digest of what stands still
     tell:    hears how far it is, and what there is to warn of
     """
     path = cache_folder() / "kept" / f"{_key(job, frozen)}.safetensors"
-    kept: Kept | None = None
-    if path.is_file():
+    with torch.random.fork_rng(devices=[]):
         try:
-            kept = _read(job, path)
-        except SourceError as error:
-            tell(Warned(f"what an earlier run kept is computed anew: {error}"))
-    if kept is None:
-        begun = time.monotonic()
-        kept = _computed(job, tell)
-        worth = time.monotonic() - begun > LEAST_SECONDS and sum(tensor.nbytes for tensor in kept.values()) <= MOST_CACHED
-        if worth:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                write_tensors(path, kept, {"sum": _sum(kept)})
-            except OSError as error:
-                tell(Warned(f"what the frozen part says is kept for this run alone ({error.strerror or error})"))
-    start_at_head(job, kept["train"], kept.get("validation"))
+            kept = _found(job, path, tell)
+            if kept is None:
+                few = torch.arange(min(COMPARED, len(job.train)))
+                rows, again = some_rows(job, few), some_rows(job, few)
+                if not torch.equal(rows, again):
+                    raise ModelError("the frozen part draws at random: it says something else each time")
+                start_at_cut(job, rows, None)
+                kept = _computed(job, path, tell)
+            start_at_cut(job, kept["train"], kept.get("validation"))
+        except (ModelError, SourceError, OSError) as error:
+            job.stepped, job.fed, job.fed_validation = job.model, job.train, job.validation
+            tell(Warned(f"the frozen part is run each time: {error}"))
 
 
-def _computed(job: Job, tell: Callable[[Event], None]) -> Kept:
+def _computed(job: Job, path: Path, tell: Callable[[Event], None]) -> Kept:
+    """raises: OSError where it was to be in a file that cannot be written"""
     begun = spoken = time.monotonic()
     done, total = 0, sum(map(len, _sides(job).values()))
 
@@ -113,26 +160,61 @@ def _computed(job: Job, tell: Callable[[Event], None]) -> Kept:
             spoken = time.monotonic()
             tell(events.Kept(done, total, spoken - begun))
 
-    return {name: head_reads(job, examples, torch.arange(len(examples)), told).cpu() for name, examples in _sides(job).items()}
+    set_training(job.model, job.frozen)
+    shapes, dtype = _shapes(job), some_rows(job, torch.tensor([0])).dtype
+    needs = sum(map(math.prod, shapes.values())) * dtype.itemsize
+    blocks = {name: kept_rows(job, examples, torch.arange(len(examples)), told) for name, examples in _sides(job).items()}
+    if job.plan.kept_in == "file":
+        make_room(path.parent, needs)
+        write_blocks(path, shapes, dtype, chain.from_iterable(blocks.values()))
+        return map_tensors(path)
+    kept = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+    for name, parts in blocks.items():
+        at = 0
+        for part in parts:
+            kept[name][at : at + len(part)] = part
+            at += len(part)
+    if time.monotonic() - begun > LEAST_SECONDS:
+        try:
+            make_room(path.parent, needs)
+            write_blocks(path, shapes, dtype, kept.values())
+        except OSError as error:
+            tell(Warned(f"what the frozen part says is kept for this run alone ({error.strerror or error})"))
+    return kept
 
 
 def still_the_same(job: Job) -> bool:
     """Whether some kept rows are what the model says of these examples now."""
-    return job.stepped is job.model or (isinstance(job.fed, TensorExamples) and _agree(job, job.fed.inputs))
+    if job.stepped is job.model:
+        return True
+    assert isinstance(job.fed, (TensorExamples, KeptExamples))
+    return _agree(job, job.fed.inputs if isinstance(job.fed, TensorExamples) else job.fed.rows)
 
 
 def _agree(job: Job, rows: Tensor) -> bool:
     index = torch.linspace(0, len(job.train) - 1, min(COMPARED, len(job.train))).long()
-    now, then = head_reads(job, job.train, index).cpu(), rows[index]
-    return bool((now - then).abs().max() <= DIFFERENCE * now.abs().max().clamp(min=1e-30))
+    then = KeptExamples(job.train, rows, per_token(job)).take(index)[0][0]
+    return _apart(then, some_rows(job, index)) <= DIFFERENCE[job.plan.precision]
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    """The largest difference, relative to the largest of the other"""
+    return float((one.double() - other.double()).abs().max() / other.double().abs().max().clamp(min=1e-30))
 
 
 def _sides(job: Job) -> dict[str, Examples]:
     return {"train": job.train, **({} if job.validation is None else {"validation": job.validation})}
 
 
+def _shapes(job: Job) -> dict[str, tuple[int, ...]]:
+    """Of what is kept of each side"""
+    reads = job.plan.facts.model.reads[job.plan.prefix]
+    counts = {n: int(e.lengths.sum()) if reads.per_token and isinstance(e, TextExamples) else len(e) for n, e in _sides(job).items()}
+    return {name: (count, *reads.shape) for name, count in counts.items()}
+
+
 def _key(job: Job, frozen: str) -> str:
-    """Of the frozen weights, the data and what becomes of it; another head or learning rate has the same."""
+    """Of the frozen weights, the data, what becomes of it, and the cut; another head or learning rate has the same."""
     facts = job.plan.facts
     parts: tuple[Any, ...] = (
         frozen,
@@ -140,6 +222,7 @@ def _key(job: Job, frozen: str) -> str:
         len(job.train),
         job.saved.preparation.inputs,
         job.design.blueprint,
+        job.plan.prefix,
         job.plan.precision,
         job.plan.attention,
         job.plan.recipe.seed,
@@ -148,23 +231,16 @@ def _key(job: Job, frozen: str) -> str:
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
-def _read(job: Job, path: Path) -> Kept:
-    """raises: SourceError where the file is cut short, was changed, or belongs to other weights or data"""
-    kept = read_tensors(path)
-    wanted = {name: len(examples) for name, examples in _sides(job).items()}
-    fits = {name: len(tensor) for name, tensor in kept.items()} == wanted and _noted(path) == _sum(kept)
-    if not fits or not _agree(job, kept["train"]):
-        raise SourceError("is not what this model says of this data", file=str(path))
-    return kept
-
-
-def _noted(path: Path) -> str:
-    with safe_open(path, "pt") as file:
-        return str((file.metadata() or {}).get("sum"))
-
-
-def _sum(kept: Kept) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(kept.items()):
-        digest.update(name.encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _found(job: Job, path: Path, tell: Callable[[Event], None]) -> Kept | None:
+    """What an earlier run left; nothing where its file is cut short, was changed, or belongs to other weights or data."""
+    if not path.is_file():
+        return None
+    try:
+        kept = map_tensors(path)
+        if {name: tuple(tensor.shape) for name, tensor in kept.items()} != _shapes(job) or not _agree(job, kept["train"]):
+            raise SourceError("is not what this model says of this data", file=str(path))
+        os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))  # used now; written then
+        return kept
+    except (SourceError, OSError) as error:
+        tell(Warned(f"what an earlier run kept is computed anew: {error}"))
+        return None

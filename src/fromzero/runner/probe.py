@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fromzero.data import Loaded, TextExamples, epoch_order, largest_batch
 from fromzero.devices import forget_peak, give_back_memory, keep_freed_memory, peak_memory
+from fromzero.errors import ModelError
 from fromzero.planner.cost import Way, memory
 from fromzero.planner.facts import LARGE, LOOKED_EPOCHS, LOOKED_EXAMPLES
 from fromzero.planner.values import Measured, Plan
@@ -21,7 +22,7 @@ from fromzero.runner.certificate import certify
 from fromzero.runner.loop import clip, set_learning_rate
 from fromzero.runner.numbers import gradient_norm
 from fromzero.runner.pieces import batch_ends, pieces
-from fromzero.runner.prefix import head_reads, start_at_head
+from fromzero.runner.prefix import some_rows, start_at_cut
 from fromzero.runner.samples import sample_seconds
 from fromzero.runner.step import gradients
 from fromzero.tuning import LowRank, set_training
@@ -66,7 +67,8 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
 
 def _measured(job: Job, before: int, began: float) -> Measured:
     plan, recipe, facts = job.plan, job.plan.recipe, job.plan.facts
-    index, largest, share = _batches(job)
+    index, largest = _batches(job)
+    share = _share(job, index)
     forget_peak()
     trial = _steps(job, index)
     whole, fetch, update = (share * statistics.median(seconds) for seconds in (trial.whole, trial.fetch, trial.update))
@@ -76,7 +78,6 @@ def _measured(job: Job, before: int, began: float) -> Measured:
     evaluate = _evaluation_seconds(job)
     counted = memory(recipe, facts, _measured_way(job, largest if len(largest) else index))
     beyond = peak_memory() - sum(counted.values()) + counted["best weights"]
-    job.optimizer.state.clear()
     fast = sorted(trial.whole)
     measured = Measured(
         step_seconds=whole,
@@ -91,28 +92,28 @@ def _measured(job: Job, before: int, began: float) -> Measured:
         planning_bytes=before,
         spread=(share * fast[len(fast) // 10] / whole, share * fast[-1 - len(fast) // 10] / whole),
     )
+    if plan.prefix:
+        kept_step, passed, no_cut = _from_the_cut(job, len(index))
+        measured = replace(measured, kept_step_seconds=kept_step, pass_seconds=passed, no_cut=no_cut)
+        job.plan = plan if not no_cut else plan.without("frozen part")
+    job.optimizer.state.clear()
     if recipe.certificate == "on" and math.isfinite(trial.losses[-1]):
         left = max(MOST_SECONDS, MOST_SHARE * plan.steps * whole) - (time.perf_counter() - began)
         measured = replace(measured, certificate=certify(job, whole / plan.batch, left))
-    if plan.prefix:
-        kept_step, passed = _from_the_head(job, index)
-        measured = replace(measured, kept_step_seconds=kept_step, pass_seconds=passed)
     return measured
 
 
-def _batches(job: Job) -> tuple[Tensor, Tensor, float]:
-    """A batch to time, the run's largest one where that is another, and the size of a mean batch relative to the first."""
+def _batches(job: Job) -> tuple[Tensor, Tensor]:
+    """A batch of about mean size to time, and the run's largest one where that is another."""
     plan, train = job.plan, job.train
     if not isinstance(train, TextExamples):
-        count = min(plan.batch, MOST_SAMPLES)
-        return torch.arange(count), torch.arange(0), len(train) / plan.steps_per_epoch / count
+        return torch.arange(min(plan.batch, MOST_SAMPLES)), torch.arange(0)
     order = epoch_order(plan.recipe.seed, 0, len(train))
     batches = order.tensor_split(torch.tensor(batch_ends(job, order)[:-1]))
     mean = int(train.lengths.sum()) / len(batches)
     index = min(batches, key=lambda batch: abs(int(train.lengths[batch].sum()) - mean))[:MOST_SAMPLES]
     epochs = max(1, min(math.ceil(plan.epochs), LOOKED_EPOCHS, LOOKED_EXAMPLES // len(train)))
-    largest = largest_batch(train.lengths, plan.recipe.seed, epochs, plan.batch, plan.batch_tokens)
-    return index, largest, mean / int(train.lengths[index].sum())
+    return index, largest_batch(train.lengths, plan.recipe.seed, epochs, plan.batch, plan.batch_tokens)
 
 
 def _gradients(job: Job, *parts: Tensor) -> tuple[float, float]:
@@ -198,10 +199,24 @@ def _measured_way(job: Job, index: Tensor) -> Way:
     return Way(units, plan.score_rows or (min(units, 4096) if plan.recipe.predicts_tokens else 0), plan.checkpointed, judged=plan.judged)
 
 
-def _from_the_head(job: Job, index: Tensor) -> tuple[float, float]:
-    """Seconds of a step that starts at the head, and seconds of an example's way there."""
-    begun = time.perf_counter()
-    start_at_head(job, head_reads(job, job.train, index), None)
-    passed = (time.perf_counter() - begun) / len(index)
-    set_training(job.model, job.frozen)
-    return statistics.median(_steps(job, torch.arange(len(index))).whole), passed
+def _from_the_cut(job: Job, count: int) -> tuple[float | None, float | None, str]:
+    """Seconds of a mean step that begins at the cut, and seconds of an example's way there; or why none can.  count: of the first examples"""
+    index = torch.arange(count)
+    try:
+        begun = time.perf_counter()
+        rows = some_rows(job, index)
+        passed = (time.perf_counter() - begun) / count
+        start_at_cut(job, rows, None)
+    except ModelError as error:
+        return None, None, str(error)
+    seconds = statistics.median(_steps(job, index).whole)
+    job.stepped, job.fed = job.model, job.train
+    return seconds * _share(job, index), passed, ""
+
+
+def _share(job: Job, index: Tensor) -> float:
+    """The size of a mean batch relative to these examples: of their tokens, or of their number"""
+    train, steps = job.train, job.plan.steps_per_epoch
+    if isinstance(train, TextExamples):
+        return int(train.lengths.sum()) / steps / max(int(train.lengths[index].sum()), 1)
+    return len(train) / steps / len(index)

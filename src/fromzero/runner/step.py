@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fromzero.data import IGNORED, Inputs
 from fromzero.models import Decoder
 from fromzero.objectives import Loss
+from fromzero.runner.cut import Tail, run
 
 Pieces = Sequence[Callable[[], tuple[Inputs, Tensor]]]  # each makes its part of the batch when it is its turn
 Around = Callable[[], AbstractContextManager[Any]]  # entered for each forward pass (mixed precision)
@@ -61,9 +62,10 @@ def judged(model: nn.Module, inputs: Inputs, targets: Tensor, loss: Loss, around
     if not targets.is_floating_point() and bool((targets == IGNORED).any()):
         keep = (targets != IGNORED).nonzero()[:, 0]  # (R,)
         targets = targets[keep]
-    speaker = model if isinstance(model, Decoder) and model.outputs is None else None
+    whole = model.whole if isinstance(model, Tail) else model
+    speaker = whole if isinstance(whole, Decoder) and whole.outputs is None else None
     with around():
-        states = model(*inputs) if speaker is None else speaker.states(inputs[0], inputs[1])
+        states = run(model, inputs)
         states = states if keep is None else states[keep]
         if speaker is None or rows is None or len(states) <= rows:
             outputs = states if speaker is None else speaker.scores(states)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 try:
     import fcntl
@@ -19,6 +22,31 @@ def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/fromzero`, or `~/.cache/fromzero`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "fromzero"
+
+
+def room(folder: Path) -> int:
+    """Bytes that the files of a folder may have together: half of what the disk has for them."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
+    return (shutil.disk_usage(there).free + sum(path.stat().st_size for path in _oldest(folder))) // 2
+
+
+def make_room(folder: Path, needs: int) -> None:
+    """Remove the oldest files of a folder until so many bytes have room.  raises: OSError where they have none even then"""
+    folder.mkdir(parents=True, exist_ok=True)
+    most, files = room(folder), _oldest(folder)
+    if needs > most:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    held = sum(path.stat().st_size for path in files)
+    for path in files:
+        if held + needs <= most:
+            return
+        held -= path.stat().st_size
+        path.unlink(missing_ok=True)
+
+
+def _oldest(folder: Path) -> list[Path]:
+    """Its files, the one that was used longest ago first"""
+    return sorted((path for path in folder.glob("*") if path.is_file()), key=lambda path: path.stat().st_atime)
 
 
 def digest_of(path: Path) -> str:
@@ -35,11 +63,18 @@ def _umask() -> int:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file so that a reader sees all of it or none of it, whatever is killed when."""
+    with writing_whole(path) as file:
+        file.write(data)
+
+
+@contextmanager
+def writing_whole(path: Path) -> Iterator[BinaryIO]:
+    """The same for what comes bit by bit; an error leaves nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), 0o666 & ~_umask())

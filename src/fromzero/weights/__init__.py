@@ -2,7 +2,7 @@
 
 from fromzero.weights.folder import tokenizer_files, write_folder
 from fromzero.weights.pretrained import SHORT_NAMES, Pretrained, foreign_code, locate, open_pretrained
-from fromzero.weights.tensors import Tensors, check_fit, read_tensors, write_tensors
+from fromzero.weights.tensors import Tensors, check_fit, map_tensors, read_tensors, write_blocks, write_tensors
 from fromzero.weights.translate import to_ours, to_theirs
 
 __all__ = [
@@ -12,11 +12,13 @@ __all__ = [
     "check_fit",
     "foreign_code",
     "locate",
+    "map_tensors",
     "open_pretrained",
     "read_tensors",
     "to_ours",
     "to_theirs",
     "tokenizer_files",
+    "write_blocks",
     "write_folder",
     "write_tensors",
 ]

@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -20,13 +20,15 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fromzero.errors import SourceError, nearest
-from fromzero.sources.cache import write_whole
+from fromzero.sources.cache import write_whole, writing_whole
 
 MOST_HEADER = 100_000_000  # bytes
 MOST_JSON = 2**26  # bytes of a config, an index, a tokenizer's settings
 MOST_DIMS = 16
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 Shapes = dict[str, tuple[int, ...]]
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_UNKNOWN = "0" * 64  # stands for a digest that is known only at the end
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -157,6 +159,47 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str,
     data = save(plain, metadata=dict(notes or {}))
     write_whole(path, data)
     return hashlib.sha256(data).hexdigest()
+
+
+def write_blocks(path: Path, shapes: Shapes, dtype: torch.dtype, blocks: Iterable[Tensor]) -> None:
+    """Write tensors larger than memory: block after block of their rows, in the order of `shapes`; whole or not at all.
+
+    The header notes the SHA-256 of all that follows it, for `map_tensors`.
+    raises: OSError, as where the disk is full
+    """
+    kind, at = next(name for name, known in _DTYPES.items() if known is dtype), 0
+    header: dict[str, Any] = {"__metadata__": {"sha256": _UNKNOWN}}
+    for name, shape in shapes.items():
+        end = at + math.prod(shape) * WIDTHS[kind]
+        header[name], at = {"dtype": kind, "shape": shape, "data_offsets": (at, end)}, end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    digest = hashlib.sha256()
+    with writing_whole(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for block in blocks:
+            plain = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+            digest.update(plain)
+            file.write(plain)
+        file.seek(8 + text.index(_UNKNOWN.encode()))
+        file.write(digest.hexdigest().encode())
+
+
+def map_tensors(path: Path) -> dict[str, Tensor]:
+    """What `write_blocks` wrote, compared byte for byte with its note; a row is brought into memory when it is used.
+
+    raises: SourceError where the file cannot be read, is not whole, or was changed
+    """
+    try:
+        with path.open("rb") as file:
+            shapes = read_header(file, path.stat().st_size, str(path))
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        with safe_open(path, "pt") as tensors:
+            if (tensors.metadata() or {}).get("sha256") != found:
+                raise SourceError("has changed since it was written", file=str(path))
+            return {name: tensors.get_tensor(name) for name in shapes}
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"cannot be read ({error})", file=str(path)) from None
 
 
 def read_tensors(path: Path, *, sha256: str | None = None) -> dict[str, Tensor]:
