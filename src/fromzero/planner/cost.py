@@ -40,7 +40,7 @@ def memory(recipe: Recipe, facts: Facts, way: Way) -> dict[str, int]:
     activations = way.units * unit_bytes(recipe, facts, way) + _again(facts, way) * way.units
     moments = (
         {"gradients": learned * width, "activations": activations, "scores": scores},
-        {"evaluation": way.judged * judged_bytes(facts) * width // 4},
+        {"evaluation": _judged_at_once(facts, way) * judged_bytes(facts) * width // 4},
         {"saving": learned * width * (1 + STATE[recipe.optimizer.name])},
     )
     return {
@@ -51,6 +51,11 @@ def memory(recipe: Recipe, facts: Facts, way: Way) -> dict[str, int]:
         "frozen part": way.kept,
         **max(moments, key=lambda moment: sum(moment.values())),
     }
+
+
+def _judged_at_once(facts: Facts, way: Way) -> int:
+    """No more than there are, where nothing but the validation data is"""
+    return way.judged if facts.reads_text or way.kept else min(way.judged, facts.data.validation)
 
 
 def judged_bytes(facts: Facts) -> int:

@@ -89,7 +89,8 @@ def _grade(plan: Plan) -> str:
     certificate = seen.certificate if seen is not None else None
     if plan.precision == "bf16":
         return "precision"
-    return "bitwise" if not plan.fast_ways or (certificate is not None and certificate.tensor == "") else "reordered"
+    shown = certificate is not None and certificate.tensor == "" and plan.fast_ways == ("checkpointing",)
+    return "bitwise" if shown or not plan.fast_ways else "reordered"
 
 
 def _nothing_trains(facts: Facts) -> Finding:

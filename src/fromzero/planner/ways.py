@@ -84,8 +84,7 @@ def score_rows(recipe: Recipe, facts: Facts, batch: int) -> int | None:
 
 def _judged(recipe: Recipe, facts: Facts, way: Way, least: int, limit: int) -> int:
     """Samples or tokens at once in an evaluation: the usual number, or what fits"""
-    usual = max(JUDGED[1], least) if facts.reads_text else min(JUDGED[0], max(facts.data.validation, 1))
-    one = judged_bytes(facts) * WIDTH[recipe.precision] // 4
+    usual, one = max(JUDGED[facts.reads_text], least), judged_bytes(facts) * WIDTH[recipe.precision] // 4
     base = peak_bytes(recipe, facts, replace(way, units=0, rows=0))
     return max(least, min(usual, (limit - base) // max(one, 1)))
 

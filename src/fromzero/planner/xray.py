@@ -10,6 +10,8 @@ from fromzero.objectives import predicted_start
 from fromzero.planner.values import Facts, Finding
 from fromzero.recipe.schema import Recipe
 
+SLOW_FETCH = 0.3  # of a step's time, from which on a person should know
+
 
 def findings(recipe: Recipe, facts: Facts) -> tuple[Finding, ...]:
     """Every finding, errors first."""
@@ -314,6 +316,14 @@ def _measured(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
             "check inputs and initialisation",
         )
         return
+    if seen.fetch_seconds > SLOW_FETCH * seen.step_seconds:
+        yield Finding(
+            "warning",
+            "slow-data",
+            f"making a batch takes {seen.fetch_seconds / seen.step_seconds:.0%} of a step",
+            "the model waits for its data",
+            "prepare the data once, or augment less",
+        )
     expected = predicted_start(recipe.loss_name, facts.model.output_shape[-1] if facts.model.output_shape else 1)
     fresh = not str(recipe.model.source).startswith("run:")
     if expected is not None and fresh and first > 2 * expected + 0.5:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fromzero.data import TextExamples
+from fromzero.errors import ModelError
 from fromzero.planner.values import Certificate, Plan
 from fromzero.runner.assemble import Job
 from fromzero.runner.pieces import pieces
@@ -45,7 +46,10 @@ def certify(job: Job, sample_seconds: float, budget: float) -> Certificate:
     bound, refused = _bound(job, batches[0]), dict[str, float]()
 
     def distance(tried: Plan) -> Distance:
-        return max(_farthest(reference, _passed(job, tried, index)) for index, reference in zip(batches, references, strict=True))
+        try:
+            return max(_farthest(reference, _passed(job, tried, index)) for index, reference in zip(batches, references, strict=True))
+        except ModelError:  # what was kept does not even fit the model
+            return 1.0, "frozen part", 1.0
 
     found = distance(plan)
     if found[0] > bound and plan.precision != "bf16":
