@@ -35,11 +35,7 @@ SPOKEN_SECONDS = 1.0  # between two words on how far it is
 LEAST_SECONDS = 2.0  # what took less is not worth a file
 BLOCK_TOKENS, PASS_TOKENS = 2**16, 1024  # of text that is ordered by length, and of it at once
 COMPARED = 8  # examples that are computed anew, before and after training
-DIFFERENCE = {
-    "float32": 1e-5,
-    "float64": 1e-5,
-    "bf16": 2e-2,
-}  # of those, relative to the largest value; products in another order stay below
+DIFFERENCE = {"float32": 1e-5, "float64": 1e-5, "bf16": 2e-2}  # relative to the largest value; sums in another order stay below
 Kept = dict[str, Tensor]
 
 
@@ -52,7 +48,7 @@ def kept_rows(job: Job, examples: Examples, index: Tensor, told: Callable[[int],
     returns: (…, rest) each: a row for each example, or for each token of theirs
     raises:  ModelError where it reads anything else
     """
-    lengths = examples.lengths if isinstance(examples, TextExamples) else None
+    lengths, counts = examples.lengths if isinstance(examples, TextExamples) else None, _counts(job, examples)
     for block in index.split(job.judge.batch) if lengths is None else by_tokens(index, lengths[index], BLOCK_TOKENS):
         order = torch.arange(len(block)) if lengths is None else lengths[block].argsort(stable=True)
         ordered = block[order]
@@ -61,18 +57,19 @@ def kept_rows(job: Job, examples: Examples, index: Tensor, told: Callable[[int],
             inputs, _ = job.judge.on_device(*examples.take(part))
             with job.judge.around():
                 said.append(reads_at(job.model, job.plan.prefix, inputs).cpu())
-            if len(said[-1]) != (int(lengths[part].sum()) if per_token(job) and lengths is not None else len(part)):
+            if len(said[-1]) != counts[part].sum():
                 raise ModelError(f"'{job.plan.prefix}' does not read one row for each example")
             told(len(part))
-        rows, back = torch.cat(said), order.argsort()
-        if per_token(job) and lengths is not None:
-            sizes = lengths[ordered]
-            back = places((sizes.cumsum(0) - sizes)[back], sizes[back])
-        yield rows[back]
+        sizes, back = counts[ordered], order.argsort()
+        yield torch.cat(said)[places((sizes.cumsum(0) - sizes)[back], sizes[back])]
 
 
-def per_token(job: Job) -> bool:
-    """Whether the cut reads a row for each token; else one for each example"""
+def _counts(job: Job, examples: Examples) -> Tensor:
+    """How many rows the cut reads of each example: one, or one for each of its tokens.  returns: (M,)"""
+    return examples.lengths if _per_token(job) and isinstance(examples, TextExamples) else torch.ones(len(examples), dtype=torch.int64)
+
+
+def _per_token(job: Job) -> bool:
     return job.plan.facts.model.reads[job.plan.prefix].per_token
 
 
@@ -92,10 +89,10 @@ def start_at_cut(job: Job, train: Tensor, validation: Tensor | None) -> None:
     alone = _only_the_head_learns(job)
 
     def fed(examples: Examples, rows: Tensor) -> Examples:
-        return TensorExamples(rows, examples.targets[: len(rows)]) if alone else KeptExamples(examples, rows, per_token(job))
+        return TensorExamples(rows, examples.targets[: len(rows)]) if alone else KeptExamples(examples, rows, _per_token(job))
 
-    count = int((job.train.lengths.cumsum(0) <= len(train)).sum()) if isinstance(job.train, TextExamples) and per_token(job) else len(train)
-    few, now = torch.arange(min(COMPARED, count)), fed(job.train, train)
+    given = int((_counts(job, job.train).cumsum(0) <= len(train)).sum())
+    few, now = torch.arange(min(COMPARED, given)), fed(job.train, train)
     longest = job.train.lengths.argsort(descending=True)[:2] if isinstance(job.train, TextExamples) else few[:2]
     job.model.eval()
     with torch.no_grad(), job.judge.around():
@@ -138,7 +135,7 @@ def keep_prefix(job: Job, frozen: str, tell: Callable[[Event], None]) -> None:
             if kept is None:
                 few = torch.arange(min(COMPARED, len(job.train)))
                 rows, again = some_rows(job, few), some_rows(job, few)
-                if not torch.equal(rows, again):
+                if _apart(rows, again) > DIFFERENCE[job.plan.precision]:
                     raise ModelError("the frozen part draws at random: it says something else each time")
                 start_at_cut(job, rows, None)
                 kept = _computed(job, path, tell)
@@ -193,7 +190,7 @@ def still_the_same(job: Job) -> bool:
 
 def _agree(job: Job, rows: Tensor) -> bool:
     index = torch.linspace(0, len(job.train) - 1, min(COMPARED, len(job.train))).long()
-    then = KeptExamples(job.train, rows, per_token(job)).take(index)[0][0]
+    then = KeptExamples(job.train, rows, _per_token(job)).take(index)[0][0]
     return _apart(then, some_rows(job, index)) <= DIFFERENCE[job.plan.precision]
 
 
@@ -208,9 +205,8 @@ def _sides(job: Job) -> dict[str, Examples]:
 
 def _shapes(job: Job) -> dict[str, tuple[int, ...]]:
     """Of what is kept of each side"""
-    reads = job.plan.facts.model.reads[job.plan.prefix]
-    counts = {n: int(e.lengths.sum()) if reads.per_token and isinstance(e, TextExamples) else len(e) for n, e in _sides(job).items()}
-    return {name: (count, *reads.shape) for name, count in counts.items()}
+    row = job.plan.facts.model.reads[job.plan.prefix].shape
+    return {name: (int(_counts(job, examples).sum()), *row) for name, examples in _sides(job).items()}
 
 
 def _key(job: Job, frozen: str) -> str:
