@@ -194,8 +194,9 @@ def test_a_target_that_matches_nothing_is_refused(speaker: Path, chats: Path, tm
 
 def test_trial_steps_compare_the_fast_paths_and_the_plan_says_what_learns(speaker: Path, chats: Path, tmp_path: Path) -> None:
     planned = fz.plan(recipe(speaker, chats), runs=tmp_path)
-    assert set(planned.plan.facts.measured.path_errors) == {"documents", "merged"}
-    assert planned.plan.lowrank == "merged" and max(planned.plan.facts.measured.path_errors.values()) < 1e-5
+    certificate = planned.plan.facts.measured.certificate
+    assert {"attention", "adapters"} <= set(planned.plan.fast_ways) and not certificate.refused
+    assert planned.plan.lowrank == "merged" and certificate.error < 1e-5 < certificate.bound
     shown = str(planned)
     assert "adapters: merged" in shown and "blocks.0.attention.qkv" in shown
     assert not any(finding.code == "no-gradient" for finding in planned.plan.findings)

@@ -32,11 +32,12 @@ def recipes(tmp_path: Path, speaker: Path, chats: Path) -> dict[str, dict[str, A
     common = {"batch": 8, "optimizer": {"name": "sgd", "lr": 0.02}, "seed": 1, "report": (), "evaluate": {"keep": "last"}}
     small = {"from": "encoder", "width": 16, "layers": 2, "heads": 2}
     resnet = {"from": "resnet18", "stem": "small"}
+    exact = {**common, "precision": "float64"}  # BatchNorm over a few samples makes much of the last bit
     return {
         "cnn": {**common, "task": "classify", "model": {"from": "cnn", "channels": [8, 8]}, "data": {"train": images(12)}, "epochs": 2},
-        "resnet18": {**common, "task": "classify", "model": resnet, "data": {"train": images(16, 20)}, "epochs": 2},
+        "resnet18": {**exact, "task": "classify", "model": resnet, "data": {"train": images(16, 20)}, "epochs": 2},
         "resnet18, frozen": {
-            **common,
+            **exact,
             "task": "classify",
             "model": resnet,
             "freeze": {"through": "layer3"},

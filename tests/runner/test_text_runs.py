@@ -177,7 +177,7 @@ def test_cutting_a_batch_of_texts_keeps_the_losses(table: Path, tmp_path: Path) 
         heard: list[float] = []
         recipe = classify(table, model, precision="float64", limits={"micro_batch": micro}, name=f"m{micro}", epochs=2)
         planned = fz.plan(recipe, runs=tmp_path / "runs", probe=False)
-        assert planned.plan.grade == ("bitwise" if micro == 8 else "reordered")
+        assert planned.plan.grade == "reordered"  # the fused path of attention adds in another order than the plain one
         fz.run(planned, quiet=True, observers=[lambda e, into=heard: into.append(e.loss) if type(e).__name__ == "StepDone" else None])
         losses.append(heard)
     for other in losses[1:]:

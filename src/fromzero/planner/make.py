@@ -172,6 +172,8 @@ def _compile(recipe: Recipe, facts: Facts, steps: int) -> Choice | None:
     pays = facts.machine.device == "cuda" and seen is not None and steps * seen.step_seconds > COMPILE_PAYS
     if asked == "never" or (asked == "auto" and not pays):
         return None
+    if seen is not None and seen.no_compile:
+        return Choice("compile", "off", f"it fails: {seen.no_compile}")
     why = "limits.compile" if asked == "always" else "a long run on cuda wins back the minutes that compiling takes; not measured"
     choice = _unless_refused(facts, "compile", "on", why)
     return choice if choice.value == "on" else replace(choice, value="off")

@@ -36,6 +36,7 @@ class Measured:
     seconds: float = 0.0  # that trial steps and certificate took
     kept_step_seconds: float | None = None  # of a step that begins at the cut; None where none can
     no_cut: str = ""  # why none can
+    no_compile: str = ""  # how compiled code failed
     pass_seconds: float | None = None  # of one example through what stands still
     certificate: Certificate | None = None
 

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from fromzero.data import epoch_order
 from fromzero.report.events import Evaluated, Event, StepDone, Warned
+from fromzero.runner.again import sure_gradients
 from fromzero.runner.assemble import Job
-from fromzero.runner.memory import gradients_within_memory, what_is_smaller
 from fromzero.runner.numbers import gradient_norm, refuse_what_is_no_number
 from fromzero.runner.pieces import batch_ends
 from fromzero.runner.progress import Progress
@@ -46,10 +46,9 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
             index, epoch = order[progress.index : ends[bisect_right(ends, progress.index)]], progress.epoch
             lr = set_learning_rate(job, progress.step)
             job.optimizer.zero_grad()
-            total, count = gradients_within_memory(job, index, epoch)
-            if job.plan is not plan:
-                plan = job.plan
-                yield Warned("memory ran out: " + what_is_smaller(plan), "the step was begun anew; nothing was lost and no number changes")
+            (total, count), changed = sure_gradients(job, index, epoch)
+            for what in changed:
+                yield Warned(what, "the step was begun anew; nothing was lost")
             norm = gradient_norm(job)
             refuse_what_is_no_number(total, count, norm, job, progress, index)
             if recipe.clip is not None:

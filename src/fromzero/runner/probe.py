@@ -58,7 +58,13 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         before = peak_memory()
         job = assemble(replace(plan, steps=max(plan.steps, MOST_STEPS)), loaded, place)
         set_training(job.model, job.frozen)
-        measured = _measured(job, before, began)
+        try:
+            measured = _measured(job, before, began)
+        except Exception as error:
+            if not plan.compiled:
+                raise
+            failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}"
+            return replace(probe(plan.without("compile"), loaded, place), no_compile=failed)
         del job
         if plan.facts.model.parameter_bytes > LARGE:
             give_back_memory()

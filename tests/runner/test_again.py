@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import fromzero as fz
 from fromzero.planner.make import make
 from fromzero.report.events import StepDone, Warned
-from fromzero.runner import memory
+from fromzero.runner import again
 
 NO_MEMORY = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
 
@@ -59,7 +59,7 @@ def test_a_step_that_runs_out_of_memory_begins_anew_with_less_and_the_losses_sta
     p: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain, quiet, _ = trained(fz.plan(recipe(p), runs=tmp_path, probe=False))
-    honest = memory.gradients
+    honest = again.gradients
 
     def tight(model: nn.Module, pieces: Any, *given: Any, **named: Any) -> Any:
         """Memory for 10 samples, or for any number of a stage whose results are not kept"""
@@ -68,26 +68,40 @@ def test_a_step_that_runs_out_of_memory_begins_anew_with_less_and_the_losses_sta
             raise RuntimeError(NO_MEMORY)
         return honest(model, pieces, *given, **named)
 
-    monkeypatch.setattr(memory, "gradients", tight)
+    monkeypatch.setattr(again, "gradients", tight)
     tight_losses, said, _ = trained(fz.plan(recipe(p), runs=tmp_path, probe=False))
-    assert not quiet and len(said) == 1
+    assert not quiet and len(said) == (1 if p else 2)
     assert ("2 stages keep only their input" if p else "pieces of 7 samples") in said[-1]
     if p == 0.0:
         assert torch.allclose(torch.tensor(plain), torch.tensor(tight_losses), rtol=1e-6)
+
+
+def test_compiled_code_that_fails_in_the_run_goes_on_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = fz.plan(recipe(), runs=tmp_path, probe=False)
+    plain, _, _ = trained(planned)
+
+    def fails(*_: Any, **__: Any) -> Any:
+        raise NameError("name 's52' is not defined")
+
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **_: setattr(self, "_compiled_call_impl", fails))
+    losses, said, _ = trained(replace(planned, plan=replace(planned.plan, compiled=True)))
+    assert losses == plain and said == ["compiled code fails (NameError: name 's52' is not defined); it is not compiled from here on"]
+    asked = fz.plan(recipe(limits={"compile": "always"}), runs=tmp_path)
+    assert not asked.plan.compiled and "it fails: NameError: name 's52'" in " ".join(str(asked).replace("│", "").split())
 
 
 def test_other_errors_and_a_single_sample_that_does_not_fit_end_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr(memory, "gradients", broken)
+    monkeypatch.setattr(again, "gradients", broken)
     with pytest.raises(RuntimeError, match="mat1"):
         fz.run(fz.plan(recipe(), runs=tmp_path, probe=False), quiet=True)
 
     def never(*_: Any, **__: Any) -> Any:
         raise RuntimeError(NO_MEMORY)
 
-    monkeypatch.setattr(memory, "gradients", never)
+    monkeypatch.setattr(again, "gradients", never)
     with pytest.raises(fz.NumbersError, match="memory is out; nothing smaller is left"):
         fz.run(fz.plan(recipe(), runs=tmp_path, probe=False), quiet=True)
 
@@ -132,7 +146,7 @@ def test_a_batch_for_which_memory_truly_runs_out_is_cut(tmp_path: Path) -> None:
     script = f"""
 import resource, sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
-from test_memory import recipe
+from test_again import recipe
 import fromzero as fz
 from fromzero.report.events import Started, StepDone, Warned
 

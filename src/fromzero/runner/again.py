@@ -1,4 +1,5 @@
-"""Memory: a job and a batch in, the gradients of its mean loss out, in smaller pieces where memory runs out in spite of the plan."""
+"""Again: a job and a batch in, the gradients of its mean loss out. Where memory runs out in spite of the plan, or compiled code fails,
+the batch begins anew with a plainer plan and the same draws: nothing is lost and no number changes but by the order of additions."""
 
 from __future__ import annotations
 
@@ -19,22 +20,29 @@ from fromzero.runner.step import gradients
 _SAID = ("can't allocate memory", "out of memory", "bad_alloc")
 
 
-def gradients_within_memory(job: Job, index: Tensor, epoch: int) -> tuple[float, float]:
-    """As `gradients`. Where memory runs out the job's plan becomes a smaller one and the batch begins anew, with the same draws.
+def sure_gradients(job: Job, index: Tensor, epoch: int) -> tuple[tuple[float, float], list[str]]:
+    """As `gradients`, and what had to change in the job's plan for it, in words.
 
     index:   (B,)
-    raises:  NumbersError where nothing smaller is left
+    raises:  NumbersError where nothing smaller is left; what a person's own code raises
     """
+    changed: list[str] = []
     while True:
         drawn = torch.get_rng_state()
         try:
-            return gradients(job.stepped, pieces(job, index, epoch), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
-        except (RuntimeError, MemoryError) as error:
-            if not isinstance(error, MemoryError) and not any(said in str(error) for said in _SAID):
+            found = gradients(job.stepped, pieces(job, index, epoch), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
+            return found, changed
+        except Exception as error:
+            full = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID))
+            if not full and not job.plan.compiled:
                 raise
+            failed = f"compiled code fails ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
         job.optimizer.zero_grad()  # after the error is gone, and with it what its frames held
         torch.set_rng_state(drawn)
-        job.plan = _smaller(job.plan, job.train, index)
+        job.plan = _smaller(job.plan, job.train, index) if full else job.plan.without("compile")
+        changed.append(
+            f"memory ran out: {_what_is_smaller(job.plan)} from here on" if full else f"{failed}; it is not compiled from here on"
+        )
         carry_out(job.model, job.plan)
 
 
@@ -54,12 +62,7 @@ def _smaller(plan: Plan, train: object, index: Tensor) -> Plan:
     raise NumbersError("memory is out", why=f"nothing smaller is left ({what})", mend="free some, take a smaller batch or a smaller model")
 
 
-def what_is_smaller(plan: Plan) -> str:
-    """How much is in memory at once now"""
+def _what_is_smaller(plan: Plan) -> str:
     if plan.checkpointed:
-        return f"{len(plan.checkpointed)} stages keep only their input from here on, and run again"
-    return (
-        f"pieces of {plan.micro_batch} samples from here on"
-        if plan.micro_tokens is None
-        else f"pieces of {plan.micro_tokens} tokens from here on"
-    )
+        return f"{len(plan.checkpointed)} stages keep only their input, and run again"
+    return f"pieces of {plan.micro_batch} samples" if plan.micro_tokens is None else f"pieces of {plan.micro_tokens} tokens"
