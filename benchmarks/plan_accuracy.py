@@ -20,13 +20,13 @@ from pathlib import Path
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SHIPPED = {
     "digits": ("digits", ["epochs=4"]),
-    "seed": ("seed", ["epochs=2"]),
+    "seed": ("seed", ["epochs=3"]),
     "banking77": ("banking77", ["epochs=4"]),
-    "banking77-full": ("banking77-full", ["epochs=none", "steps=60"]),
+    "banking77-full": ("banking77-full", ["epochs=none", "steps=100"]),
     "shakespeare-decoder": ("shakespeare-decoder", ["steps=60", "evaluate.every=30"]),
     "shakespeare-lstm": ("shakespeare-lstm", ["steps=100", "evaluate.every=50"]),
-    "smollm2-lora": ("smollm2-lora", ["epochs=none", "steps=15"]),
-    "smollm2-full": ("smollm2-full", ["epochs=none", "steps=12"]),
+    "smollm2-lora": ("smollm2-lora", ["epochs=1"]),
+    "smollm2-full": ("smollm2-full", ["epochs=none", "steps=25"]),
 }
 DIGITS = {"task": "classify", "data": "mnist-5k", "batch": 64}
 OWN = {
@@ -44,7 +44,7 @@ OWN = {
         "epochs": 40,
         "optimizer": {"name": "sgd", "lr": 0.1},
     },
-    "cnn, augmented": {**DIGITS, "model": "cnn", "data": {"train": "mnist-5k", "augment": "light"}, "epochs": 2},
+    "cnn, augmented": {**DIGITS, "model": "cnn", "data": {"train": "mnist-5k", "augment": "light"}, "epochs": 5},
     "resnet18": {
         **DIGITS,
         "model": {"from": "resnet18", "stem": "small"},
@@ -52,20 +52,20 @@ OWN = {
         "epochs": 1,
         "batch": 32,
     },
-    "vit-tiny": {**DIGITS, "model": {"from": "vit-tiny", "patch": 7, "layers": 4}, "epochs": 3},
+    "vit-tiny": {**DIGITS, "model": {"from": "vit-tiny", "patch": 7, "depth": 4}, "epochs": 3},
     "encoder from zero": {
         "task": "classify",
         "model": {"from": "encoder", "width": 128, "layers": 3, "heads": 4},
         "data": {"train": "banking77_train.csv", "input": "text", "target": "category"},
         "batch": 32,
-        "steps": 120,
+        "steps": 300,
     },
     "gru, texts": {
         "task": "classify",
         "model": {"from": "gru", "width": 128},
         "data": {"train": "banking77_train.csv", "input": "text", "target": "category"},
         "batch": 64,
-        "epochs": 2,
+        "epochs": 4,
     },
     "encoder, frozen through a layer": {
         "task": "classify",
@@ -89,7 +89,7 @@ OWN = {
         "adapter": {"name": "lora", "layers": "last-4"},
         "data": {"train": "self_instruct_seed_tasks.jsonl", "max_tokens": 512, "too_long": "drop"},
         "batch": 4,
-        "steps": 15,
+        "steps": 25,
     },
 }
 

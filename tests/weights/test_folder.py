@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from fromzero.errors import SourceError
-from fromzero.sources import digest_of
-from fromzero.weights import folder as folder_module
+from fromzero.sources import cache, digest_of
 from fromzero.weights import open_pretrained, write_folder
 
 TEMPLATE = "{% for message in messages %}<|im_start|>{{ message['content'] }}<|im_end|>{% endfor %}"
@@ -89,16 +88,16 @@ def test_an_older_model_in_the_folder_is_replaced_whole_and_other_files_stay(tmp
 def test_when_the_disk_is_full_the_older_model_is_still_there(tmp_path, monkeypatch, after):
     write_folder(tmp_path, {"v": 1}, {"w": torch.ones(4)}, tokenizer="{}")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    write, count = folder_module.write_whole, []
+    writing, count = cache.writing_whole, []
 
-    def full(path, data):
+    def full(path):
         count.append(path.name)
         if len(count) > after:
             raise OSError(28, "No space left on device")
-        write(path, data)
+        return writing(path)
 
-    monkeypatch.setattr(folder_module, "write_whole", full)
-    monkeypatch.setattr("fromzero.weights.tensors.write_whole", full)
+    monkeypatch.setattr(cache, "writing_whole", full)
+    monkeypatch.setattr("fromzero.weights.tensors.writing_whole", full)
     with pytest.raises(SourceError, match=r"cannot be written \(No space left on device\); free some space, or name another"):
         write_folder(tmp_path, {"v": 2}, {"w": torch.zeros(4)}, tokenizer="{}", special={})
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -40,8 +40,7 @@ def memory(recipe: Recipe, facts: Facts, way: Way) -> dict[str, int]:
     activations = way.units * unit_bytes(recipe, facts, way) + _again(facts, way) * way.units
     moments = (
         {"gradients": learned * width, "activations": activations, "scores": scores},
-        {"evaluation": _judged_at_once(facts, way) * judged_bytes(facts) * width // 4},
-        {"saving": learned * width * (1 + STATE[recipe.optimizer.name])},
+        {"gradients": learned * width, "evaluation": _judged_at_once(facts, way) * judged_bytes(facts) * width // 4},
     )
     return {
         "process": facts.held_bytes,
@@ -141,7 +140,7 @@ def run_seconds(recipe: Recipe, facts: Facts, steps: int, evaluations: int, way:
             "step": steps * seen.kept_step_seconds,
             "evaluate": evaluations * seen.evaluate_seconds * seen.kept_step_seconds / seen.step_seconds,
         }
-    samples = (evaluations if recipe.task == "language" else 1) * seen.sample_seconds
+    samples = (evaluations + 1 if recipe.task == "language" else 2) * seen.sample_seconds
     return {
         "fetch": steps * seen.fetch_seconds,
         "step": steps * (seen.step_seconds - seen.fetch_seconds - seen.update_seconds),

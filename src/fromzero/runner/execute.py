@@ -87,6 +87,9 @@ def execute(
         if frozen_digest(job.model, job.frozen) != before or not still_the_same(job):
             raise FromzeroError("a frozen layer has changed during training", mend="please report it, with the recipe")
         run.last_words(status)
+        if status == "done":  # what only further steps would need makes room for what is written
+            job.optimizer.zero_grad()
+            job.optimizer.state.clear()
         result, kept = run.finish(status)
         tell(Finished(status, progress.step, progress.seconds, result))
     if error is not None:
@@ -166,9 +169,12 @@ class _Run:
             self.tell(Warned(what, "no gradient reaches them, or their learning rate is too small for their type"))
 
     def sample(self) -> None:
+        began = time.perf_counter()
         for event in samples(self.job, self.progress.step):
             self.samples.append(event)
             self.tell(event)
+        if self.progress.step in (0, self.job.plan.steps):  # in between the loop's own clock counts it
+            self.progress.seconds += time.perf_counter() - began
 
     def save(self) -> None:
         path = checkpoint.save(self.folder / "checkpoints", self.job, self.progress, self.best, keep=self.job.plan.recipe.save.keep)

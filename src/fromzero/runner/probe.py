@@ -14,7 +14,7 @@ from torch import Tensor
 from fromzero.data import Loaded, TextExamples, epoch_order, largest_batch
 from fromzero.devices import forget_peak, give_back_memory, keep_freed_memory, peak_memory
 from fromzero.errors import ModelError
-from fromzero.planner.cost import Way, memory
+from fromzero.planner.cost import STATE, WIDTH, Way, memory, trained_values
 from fromzero.planner.facts import LARGE, LOOKED_EPOCHS, LOOKED_EXAMPLES
 from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
@@ -76,14 +76,15 @@ def _measured(job: Job, before: int, began: float) -> Measured:
     index, largest = _batches(job)
     share = _share(job, index)
     forget_peak()
+    _gradients(job, largest if len(largest) else index)  # warms up, and shows what the largest batch needs
+    grown = STATE[recipe.optimizer.name] * trained_values(facts) * WIDTH[recipe.precision]
+    beyond = [peak_memory() - _counted(job, largest if len(largest) else index) + grown]
+    forget_peak()
     trial = _steps(job, index)
     whole, fetch, update = (share * statistics.median(seconds) for seconds in (trial.whole, trial.fetch, trial.update))
     one_piece = _piece_seconds(job, index, whole)
-    if len(largest):
-        _gradients(job, largest)
     evaluate = _evaluation_seconds(job)
-    counted = memory(recipe, facts, _measured_way(job, largest if len(largest) else index))
-    beyond = peak_memory() - sum(counted.values()) + counted["best weights"]
+    beyond.append(peak_memory() - _counted(job, index))
     fast = sorted(trial.whole)
     measured = Measured(
         step_seconds=whole,
@@ -94,7 +95,7 @@ def _measured(job: Job, before: int, began: float) -> Measured:
         sample_seconds=sample_seconds(job),
         losses=tuple(trial.losses[:LEAST_STEPS]),
         silent=trial.silent,
-        beyond_bytes=beyond,
+        beyond_bytes=max(beyond),
         planning_bytes=before,
         spread=(share * fast[len(fast) // 10] / whole, share * fast[-1 - len(fast) // 10] / whole),
     )
@@ -129,7 +130,7 @@ def _gradients(job: Job, *parts: Tensor) -> tuple[float, float]:
 
 
 def _steps(job: Job, index: Tensor) -> Trial:
-    """Steps on one batch, as many as there is time for; the first warms up and is not counted."""
+    """Steps on one batch, as many as there is time for; of several the first, which makes the optimizer's state, is not counted."""
     whole, fetch, update, losses, silent = [], [], [], [], tuple[str, ...]()
     begun = time.perf_counter()
     for step in range(MOST_STEPS):
@@ -194,15 +195,17 @@ def _evaluation_seconds(job: Job) -> float:
     return spent * len(held) / len(some)
 
 
-def _measured_way(job: Job, index: Tensor) -> Way:
-    """What was in memory at once when these examples were stepped on."""
+def _counted(job: Job, index: Tensor) -> int:
+    """Bytes that were counted for a step on these examples."""
     plan = job.plan
     units = int(job.train.lengths[index].sum()) if isinstance(job.train, TextExamples) else len(index)
     if not plan.facts.reads_text:
         units = min(len(index), plan.micro_batch)
     elif plan.micro_tokens is not None:
         units = min(units, plan.micro_tokens)
-    return Way(units, plan.score_rows or (min(units, 4096) if plan.recipe.predicts_tokens else 0), plan.checkpointed, judged=plan.judged)
+    rows = plan.score_rows or (min(units, 4096) if plan.recipe.predicts_tokens else 0)
+    parts = memory(plan.recipe, plan.facts, Way(units, rows, plan.checkpointed, judged=plan.judged))
+    return sum(parts.values()) - parts["best weights"]
 
 
 def _from_the_cut(job: Job, count: int) -> tuple[float | None, float | None, str]:

@@ -11,23 +11,35 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from fromzero.errors import SourceError, nearest
-from fromzero.sources.cache import write_whole, writing_whole
+from fromzero.sources.cache import writing_whole
 
 MOST_HEADER = 100_000_000  # bytes
 MOST_JSON = 2**26  # bytes of a config, an index, a tokenizer's settings
 MOST_DIMS = 16
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 Shapes = dict[str, tuple[int, ...]]
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
 _UNKNOWN = "0" * 64  # stands for a digest that is known only at the end
 
 
@@ -154,11 +166,15 @@ def _wrong_with(entry: Any) -> str:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> str:
-    """Write whole or not at all.  returns: SHA-256 of the file"""
-    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    data = save(plain, metadata=dict(notes or {}))
-    write_whole(path, data)
-    return hashlib.sha256(data).hexdigest()
+    """Write whole or not at all, one tensor after the other: no second copy of them is in memory.  returns: SHA-256 of the file"""
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))  # wide ones first, so that each is aligned
+    kinds = {name: (_kind(tensors[name].dtype), tuple(tensors[name].shape)) for name in names}
+    header, digest = _header(kinds, dict(notes) if notes else None), hashlib.sha256()
+    with writing_whole(path) as file:
+        for data in chain([header], (_bytes_of(tensors[name]) for name in names)):
+            digest.update(data)
+            file.write(data)
+    return digest.hexdigest()
 
 
 def write_blocks(path: Path, shapes: Shapes, dtype: torch.dtype, blocks: Iterable[Tensor]) -> None:
@@ -167,22 +183,37 @@ def write_blocks(path: Path, shapes: Shapes, dtype: torch.dtype, blocks: Iterabl
     The header notes the SHA-256 of all that follows it, for `map_tensors`.
     raises: OSError, as where the disk is full
     """
-    kind, at = next(name for name, known in _DTYPES.items() if known is dtype), 0
-    header: dict[str, Any] = {"__metadata__": {"sha256": _UNKNOWN}}
-    for name, shape in shapes.items():
-        end = at + math.prod(shape) * WIDTHS[kind]
-        header[name], at = {"dtype": kind, "shape": shape, "data_offsets": (at, end)}, end
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    digest = hashlib.sha256()
+    header, digest = _header({name: (_kind(dtype), shape) for name, shape in shapes.items()}, {"sha256": _UNKNOWN}), hashlib.sha256()
     with writing_whole(path) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(header)
         for block in blocks:
-            plain = block.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-            digest.update(plain)
-            file.write(plain)
-        file.seek(8 + text.index(_UNKNOWN.encode()))
+            data = _bytes_of(block)
+            digest.update(data)
+            file.write(data)
+        file.seek(header.index(_UNKNOWN.encode()))
         file.write(digest.hexdigest().encode())
+
+
+def _header(kinds: Mapping[str, tuple[str, tuple[int, ...]]], notes: dict[str, str] | None) -> bytes:
+    """A safetensors file up to its first value.  kinds: name → kind and shape of each tensor, in the order they follow"""
+    entries: dict[str, Any] = {"__metadata__": notes} if notes else {}
+    at = 0
+    for name, (kind, shape) in kinds.items():
+        end = at + math.prod(shape) * WIDTHS[kind]
+        entries[name], at = {"dtype": kind, "shape": shape, "data_offsets": (at, end)}, end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _kind(dtype: torch.dtype) -> str:
+    return next(name for name, known in _DTYPES.items() if known is dtype)
+
+
+def _bytes_of(tensor: Tensor) -> Any:
+    """In the order of its values; a copy only of what lies otherwise, or on another device"""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
 
 
 def map_tensors(path: Path) -> dict[str, Tensor]:
