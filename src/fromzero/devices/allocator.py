@@ -29,8 +29,9 @@ def keep_freed_memory() -> None:
         libc.mallopt(_TRIM_THRESHOLD, _TRIM_NEVER)
 
 
-def give_back_memory() -> None:
-    """Collect what circles hold, and hand what is free back to the system: models that were looked at are large."""
-    gc.collect()
+def give_back_memory(*, collect: bool = True) -> None:
+    """Hand what is free back to the system; collect what circles hold before, for models that were looked at are large."""
+    if collect:
+        gc.collect()
     if has_glibc():
         ctypes.CDLL(None).malloc_trim(0)

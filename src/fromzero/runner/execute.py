@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fromzero.data import Loaded
-from fromzero.devices import keep_freed_memory, peak_memory
+from fromzero.devices import give_back_memory, held_memory, keep_freed_memory, peak_memory
 from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError
 from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, StepDone, Warned
@@ -33,6 +33,7 @@ from fromzero.sources.cache import write_whole
 from fromzero.tuning import frozen_digest
 
 SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two checkpoints
+GIVE_BACK_SECONDS = 5.0  # at least between two times that freed memory goes back, for the next step takes it anew
 MOVED_AFTER = 3  # steps: a warm-up may begin at 0, and A beside a B of zeros gets its first gradient one step later
 SAMPLES = "samples.json"
 
@@ -104,6 +105,7 @@ class _Run:
     def __init__(self, job: Job, progress: Progress, best: Best, folder: Path, tell: Callable[[Event], None], stop: Stop) -> None:
         self.job, self.progress, self.best, self.folder, self.tell, self.stop = job, progress, best, folder, tell, stop
         self.saved_at, self.saved_step = time.monotonic(), progress.step
+        self.gave_back_at = 0.0
         self.last: Evaluated | None = None
         self.kept: Evaluated | None = None
         self.samples: list[Sampled] = []
@@ -117,8 +119,10 @@ class _Run:
         try:
             for event in train(self.job, self.progress, self.best, self._stopping):
                 self.tell(event)
-                if isinstance(event, StepDone) and event.step == self.check_at:
-                    self._warn_of_the_unmoved()
+                if isinstance(event, StepDone):
+                    self._keep_to_the_plan()
+                    if event.step == self.check_at:
+                        self._warn_of_the_unmoved()
                 if isinstance(event, Evaluated):
                     if recipe.task == "language" or self.progress.step == plan.steps:
                         self.sample()
@@ -159,6 +163,15 @@ class _Run:
             due = time.monotonic() - self.saved_at > SAVE_SECONDS
         if due:
             self.save()
+
+    def _keep_to_the_plan(self) -> None:
+        """Kept memory falls to pieces over batches of many sizes; where more is held than was foretold, what is free goes back."""
+        plan, now = self.job.plan, time.monotonic()
+        if plan.facts.measured is None or not plan.keep_memory or now - self.gave_back_at < GIVE_BACK_SECONDS:
+            return
+        if held_memory() > (plan.predicted_peak_bytes or 0):
+            give_back_memory(collect=False)
+            self.gave_back_at = now
 
     def _warn_of_the_unmoved(self) -> None:
         parameters = dict(self.job.model.named_parameters())

@@ -28,7 +28,7 @@ from fromzero.runner.assemble import Job
 from fromzero.runner.cut import begin_at, reads_at, run
 from fromzero.runner.pieces import by_tokens
 from fromzero.sources.cache import cache_folder, make_room
-from fromzero.tuning import set_training
+from fromzero.tuning import frozen_digest, set_training
 from fromzero.weights import map_tensors, write_blocks
 
 SPOKEN_SECONDS = 1.0  # between two words on how far it is
@@ -122,13 +122,22 @@ def _only_the_head_learns(job: Job) -> bool:
     return free == {job.plan.prefix} == {recipe.head.layer or model.head} and not model.ends_in and not recipe.predicts_tokens
 
 
+def kept_before(job: Job) -> bool:
+    """Whether an earlier run left what this one would keep."""
+    return _file_of(job, frozen_digest(job.model, job.frozen)).is_file()
+
+
+def _file_of(job: Job, frozen: str) -> Path:
+    return cache_folder() / "kept" / f"{_key(job, frozen)}.safetensors"
+
+
 def keep_prefix(job: Job, frozen: str, tell: Callable[[Event], None]) -> None:
     """Compute what the cut reads of all examples, or take it from the cache, and start there; where that fails, all runs each time.
 
     frozen:  digest of what stands still
     tell:    hears how far it is, and what there is to warn of
     """
-    path = cache_folder() / "kept" / f"{_key(job, frozen)}.safetensors"
+    path = _file_of(job, frozen)
     with torch.random.fork_rng(devices=[]):
         try:
             kept = _found(job, path, tell)

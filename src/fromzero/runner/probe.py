@@ -22,7 +22,7 @@ from fromzero.runner.certificate import certify
 from fromzero.runner.loop import clip, set_learning_rate
 from fromzero.runner.numbers import gradient_norm
 from fromzero.runner.pieces import batch_ends, pieces
-from fromzero.runner.prefix import some_rows, start_at_cut
+from fromzero.runner.prefix import kept_before, some_rows, start_at_cut
 from fromzero.runner.samples import sample_seconds
 from fromzero.runner.step import gradients
 from fromzero.tuning import LowRank, set_training
@@ -214,7 +214,7 @@ def _from_the_cut(job: Job, count: int) -> tuple[float | None, float | None, str
     try:
         begun = time.perf_counter()
         rows = some_rows(job, index)
-        passed = (time.perf_counter() - begun) / count
+        passed = 0.0 if kept_before(job) else (time.perf_counter() - begun) / count
         start_at_cut(job, rows, None)
     except ModelError as error:
         return None, None, str(error)
