@@ -52,14 +52,14 @@ def test_a_plan_reads_in_80_columns_with_a_reason_for_each_choice() -> None:
 def test_the_last_line_says_between_what_the_prediction_lies() -> None:
     found = planned(steps=10).plan
     assert found.facts.measured is not None
-    seen = replace(found.facts.measured, step_seconds=25.0, evaluate_seconds=0.0, sample_seconds=0.0, planning_bytes=14 * 10**8)
+    seen = replace(found.facts.measured, step_seconds=25.0, evaluate_seconds=0.0, sample_seconds=0.0, planning_bytes=14 * 10**10)
 
     def last(record: Record | None) -> str:
         text = show(make(found.recipe, replace(found.facts, measured=seen, record=record)))
         assert max(map(len, text.splitlines())) <= 80
         return " ".join(text.split("predicted: ")[1].split("memory: ")[0].split())
 
-    assert last(None) == "4 min 10 s, peak memory 1.4 GB"
-    assert last(Record(9, 1.0, 0.88, 1.2, 9, 1.0, 0.93, 1.07)) == "4 min 10 s (3 min 40 s to 5 min 0 s), peak memory 1.4 GB (1.3 to 1.5 GB)"
-    assert last(Record(9, 0.1, 0.01, 2.0, 9, 1.0, 1.0, 1.0)) == "25 s (2.5 s to 8 min 20 s), peak memory 1.4 GB"
-    assert last(Record(9, 0.1, 0.08, 0.12, 9, 0.5, 0.5, 1.0)) == "25 s (20 to 30 s), peak memory 700 MB (700 MB to 1.4 GB)"
+    assert last(None) == "4 min 10 s, peak memory 140 GB"
+    assert last(Record(9, 1.0, 0.88, 1.2, 9, 1.0, 0.93, 1.07)) == "4 min 10 s (3 min 40 s to 5 min 0 s), peak memory 140 GB (130 to 150 GB)"
+    assert last(Record(9, 0.1, 0.01, 2.0, 9, 1.0, 1.0, 1.0)) == "25 s (2.5 s to 8 min 20 s), peak memory 140 GB"
+    assert last(Record(9, 0.1, 0.08, 0.12, 9, 0.5, 0.5, 1.0)) == "25 s (20 to 30 s), peak memory 70.0 GB (70.0 to 140 GB)"

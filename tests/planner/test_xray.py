@@ -173,7 +173,7 @@ def test_a_model_that_does_not_take_the_data_says_both_shapes() -> None:
 
 def test_memory_that_nothing_fits_is_refused_with_the_amount() -> None:
     with pytest.raises(
-        fz.PlanRefused, match=r"one sample needs about .* MB \(process .*\), the limit is 100 B.* raise limits.memory to \d+MB"
+        fz.PlanRefused, match=r"one sample needs about .* [MG]B \(process .*\), the limit is 100 B.* raise limits.memory to \d+MB"
     ):
         fz.train(model=net(), data=blobs(), limits={"memory": 100.0}, quiet=True)
 

@@ -116,7 +116,7 @@ def _batches(job: Job) -> tuple[Tensor, Tensor]:
     if not isinstance(train, TextExamples):
         return torch.arange(min(plan.batch, MOST_SAMPLES)), torch.arange(0)
     order = epoch_order(plan.recipe.seed, 0, len(train))
-    batches = order.tensor_split(torch.tensor(batch_ends(job, order)[:-1]))
+    batches = order.tensor_split(batch_ends(job, order)[:-1])
     mean = int(train.lengths.sum()) / len(batches)
     index = min(batches, key=lambda batch: abs(int(train.lengths[batch].sum()) - mean))[:MOST_SAMPLES]
     epochs = max(1, min(math.ceil(plan.epochs), LOOKED_EPOCHS, LOOKED_EXAMPLES // len(train)))
