@@ -24,6 +24,7 @@ from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled,
 from fromzero.runner import checkpoint, ledger
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.folder import RESULT
+from fromzero.runner.lock import holding
 from fromzero.runner.loop import Best, train
 from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.progress import Progress
@@ -66,7 +67,7 @@ def execute(
         for observer in observers:
             observer(event)
 
-    with torch.random.fork_rng(devices=[]), _spoken_once(tell), _signals() as stop:
+    with holding(folder), torch.random.fork_rng(devices=[]), _spoken_once(tell), _signals() as stop:
         torch.set_num_threads(plan.threads)
         if plan.keep_memory:
             keep_freed_memory()

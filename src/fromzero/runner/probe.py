@@ -32,6 +32,7 @@ MOST_STEPS = 24
 ENOUGH_SECONDS = 0.15  # steps of a small model are many, so that their median means something
 MOST_SECONDS, MOST_SHARE = 3.0, 0.05  # of trial steps and certificate together: the larger of this and its share of the run
 LONG_STEP = 0.5  # seconds
+PASSED = 256  # examples whose way to the cut is timed
 MOST_SAMPLES = 4096  # of a very large batch a part is measured
 
 
@@ -100,7 +101,7 @@ def _measured(job: Job, before: int, began: float) -> Measured:
         spread=(share * fast[len(fast) // 10] / whole, share * fast[-1 - len(fast) // 10] / whole),
     )
     if plan.prefix:
-        kept_step, passed, no_cut = _from_the_cut(job, len(index))
+        kept_step, passed, no_cut = _from_the_cut(job, min(len(job.train), max(len(index), PASSED)))
         measured = replace(measured, kept_step_seconds=kept_step, pass_seconds=passed, no_cut=no_cut)
         job.plan = plan if not no_cut else plan.without("frozen part")
     job.optimizer.state.clear()
@@ -214,13 +215,15 @@ def _from_the_cut(job: Job, count: int) -> tuple[float | None, float | None, str
     try:
         begun = time.perf_counter()
         rows = some_rows(job, index)
-        passed = 0.0 if kept_before(job) else (time.perf_counter() - begun) / count
+        mean = _share(job, index) * job.plan.steps_per_epoch * count / len(job.train)  # these are not of mean length
+        passed = 0.0 if kept_before(job) else mean * (time.perf_counter() - begun) / count
         start_at_cut(job, rows, None)
     except ModelError as error:
         return None, None, str(error)
-    seconds = statistics.median(_steps(job, index).whole)
+    few = index[: job.plan.batch]
+    seconds = statistics.median(_steps(job, few).whole)
     job.stepped, job.fed = job.model, job.train
-    return seconds * _share(job, index), passed, ""
+    return seconds * _share(job, few), passed, ""
 
 
 def _share(job: Job, index: Tensor) -> float:

@@ -1,0 +1,87 @@
+"""Two runs, one folder: the second is told who holds it; a killed one leaves nothing behind."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import fromzero as fz
+from fromzero.runner.lock import LOCK, holding
+
+HOLD = "import sys, time, pathlib; from fromzero.runner.lock import holding\nwith holding(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(30)"
+
+
+@contextmanager
+def held_by_another(folder: Path) -> Iterator[int]:
+    """returns: its process, which is killed in the end"""
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "held\n"
+            yield process.pid
+        finally:
+            process.kill()
+
+
+def test_the_second_is_refused_by_name_and_a_killed_one_leaves_the_folder_free(tmp_path: Path) -> None:
+    with held_by_another(tmp_path) as other:
+        said = rf"is being trained by process {other} on {socket.gethostname()}, since 20.*end it"
+        with pytest.raises(fz.UserError, match=said), holding(tmp_path):
+            pass
+    assert json.loads((tmp_path / LOCK).read_text())["pid"] == other
+    with holding(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["pid"] == os.getpid()
+    assert (tmp_path / LOCK).read_text() == ""
+
+
+def test_a_note_of_another_host_is_believed_until_it_is_removed(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text(json.dumps({"pid": 1, "host": "elsewhere", "since": "2026-01-01 00:00:00"}))
+    with pytest.raises(fz.UserError, match=r"process 1 on elsewhere.*if that one is dead, remove .*lock"), holding(tmp_path):
+        pass
+    (tmp_path / LOCK).unlink()
+    with holding(tmp_path):
+        pass
+
+
+def test_a_spoiled_note_does_not_matter(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_bytes(b"\xff{")
+    with holding(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["host"] == socket.gethostname()
+
+
+def test_of_many_that_race_for_one_folder_one_at_a_time_has_it(tmp_path: Path) -> None:
+    script = (
+        "import os, sys, pathlib; from fromzero.runner.lock import holding; from fromzero.errors import UserError\n"
+        "folder, won = pathlib.Path(sys.argv[1]), 0\n"
+        "for _ in range(400):\n"
+        "    try:\n"
+        "        with holding(folder):\n"
+        "            mark = os.open(folder / 'inside', os.O_CREAT | os.O_EXCL)\n"
+        "            os.close(mark); os.unlink(folder / 'inside'); won += 1\n"
+        "    except UserError:\n"
+        "        pass\n"
+        "print(won)"
+    )
+    racers = [subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    won = [int(racer.communicate(timeout=120)[0]) for racer in racers]
+    assert all(racer.returncode == 0 for racer in racers) and sum(won) >= 50, won
+
+
+def test_a_run_that_is_being_trained_is_not_resumed_beside_it(tmp_path: Path) -> None:
+    x, y = torch.rand(40, 4), torch.arange(40) % 3
+    torch.manual_seed(0)
+    recipe = {"name": "one", "task": "classify", "model": nn.Linear(4, 3), "data": {"train": (x, y)}, "limits": {"seconds": 1e-9}}
+    with pytest.raises(fz.NumbersError):
+        fz.run(fz.plan(recipe, runs=tmp_path, probe=False), quiet=True)
+    with held_by_another(tmp_path / "one"):
+        before = sorted(path.name for path in (tmp_path / "one").rglob("*"))
+        with pytest.raises(fz.UserError, match="one is being trained by process"):
+            fz.resume("one", runs=tmp_path, model=nn.Linear(4, 3), data=(x, y), quiet=True)
+        assert sorted(path.name for path in (tmp_path / "one").rglob("*")) == before
