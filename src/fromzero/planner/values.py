@@ -32,7 +32,6 @@ class Measured:
     silent: tuple[str, ...]
     beyond_bytes: int  # what the largest batch needed in memory beyond what was counted
     planning_bytes: int  # most that planning held
-    spread: tuple[float, float] = (1.0, 1.0)  # fastest and slowest trial step, relative to step_seconds
     seconds: float = 0.0  # that trial steps and certificate took
     kept_step_seconds: float | None = None  # of a step that begins at the cut; None where none can
     no_cut: str = ""  # why none can

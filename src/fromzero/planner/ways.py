@@ -155,7 +155,7 @@ def _said(recipe: Recipe, facts: Facts, batch: int, whole: int, way: Way, *, lim
     pieces = math.ceil(whole / way.units)
     why = "limits.memory" if limited and recipe.limits.memory != "auto" else "free memory" if limited else "limits.micro_batch"
     asked = recipe.limits.micro_batch
-    samples = batch if text and asked == "auto" else min(batch, asked if asked != "auto" else batch, way.units if not text else batch)
+    samples = min(batch if asked == "auto" else min(batch, asked), batch if text else way.units)
     tokens = way.units if text and way.units < whole else None
     if pieces == 1:
         choice = Choice("micro_batch", batch, "the whole batch fits", price)

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fromzero.errors import UserError
@@ -22,25 +22,36 @@ LOCK = "lock"
 
 @contextmanager
 def holding(folder: Path) -> Iterator[None]:
-    """Hold a run's folder. The system lets go when the process ends, however it ends, so that nothing stale is left on this host.
+    """Hold a run's folder. The system lets go when the process ends, however it ends, so that nothing stale is in the way on this host.
 
     raises: UserError where another process holds it, or one on another host may
     """
-    handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+    path = folder / LOCK
+    handle, ours = _opened(path)
     try:
-        ours = _take(handle)
         said = _read(handle)
         elsewhere = said.get("host", socket.gethostname()) != socket.gethostname()
         if not ours or elsewhere:
             who = f"process {said.get('pid', '?')} on {said.get('host', 'this host')}, since {said.get('since', '?')}"
-            mend = f"if that one is dead, remove {folder / LOCK}" if elsewhere else "wait for it, or end it"
+            mend = f"if that one is dead, remove {path}" if elsewhere else "wait for it, or end it"
             raise UserError(f"{folder.name} is being trained by {who}", why="two would overwrite each other's checkpoints", mend=mend)
         _write(handle, {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")})
         try:
             yield
         finally:
-            os.ftruncate(handle, 0)
+            path.unlink(missing_ok=True)
     finally:
+        os.close(handle)
+
+
+def _opened(path: Path) -> tuple[int, bool]:
+    """The lock's file, and whether it is ours; opened anew where another process removed it in between."""
+    while True:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        ours = _take(handle)
+        with suppress(FileNotFoundError):
+            if not ours or path.stat().st_ino == os.fstat(handle).st_ino:
+                return handle, ours
         os.close(handle)
 
 

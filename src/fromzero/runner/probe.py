@@ -77,16 +77,15 @@ def _measured(job: Job, before: int, began: float) -> Measured:
     index, largest = _batches(job)
     share = _share(job, index)
     forget_peak()
-    _gradients(job, largest if len(largest) else index)  # warms up, and shows what the largest batch needs
-    grown = STATE[recipe.optimizer.name] * trained_values(facts) * WIDTH[recipe.precision]
-    beyond = [peak_memory() - _counted(job, largest if len(largest) else index) + grown]
+    _gradients(job, largest)  # warms up, and shows what it needs, but for the optimizer's state
+    state = STATE[recipe.optimizer.name] * trained_values(facts) * WIDTH[recipe.precision]
+    beyond = [peak_memory() - _counted(job, largest) + state]
     forget_peak()
     trial = _steps(job, index)
     whole, fetch, update = (share * statistics.median(seconds) for seconds in (trial.whole, trial.fetch, trial.update))
     one_piece = _piece_seconds(job, index, whole)
     evaluate = _evaluation_seconds(job)
     beyond.append(peak_memory() - _counted(job, index))
-    fast = sorted(trial.whole)
     measured = Measured(
         step_seconds=whole,
         fetch_seconds=fetch,
@@ -98,7 +97,6 @@ def _measured(job: Job, before: int, began: float) -> Measured:
         silent=trial.silent,
         beyond_bytes=max(beyond),
         planning_bytes=before,
-        spread=(share * fast[len(fast) // 10] / whole, share * fast[-1 - len(fast) // 10] / whole),
     )
     if plan.prefix:
         kept_step, passed, no_cut = _from_the_cut(job, min(len(job.train), max(len(index), PASSED)))
@@ -112,16 +110,16 @@ def _measured(job: Job, before: int, began: float) -> Measured:
 
 
 def _batches(job: Job) -> tuple[Tensor, Tensor]:
-    """A batch of about mean size to time, and the run's largest one where that is another."""
+    """A batch of about mean size to time, and the run's largest one."""
     plan, train = job.plan, job.train
     if not isinstance(train, TextExamples):
-        return torch.arange(min(plan.batch, MOST_SAMPLES)), torch.arange(0)
+        return (torch.arange(min(plan.batch, MOST_SAMPLES)),) * 2
     order = epoch_order(plan.recipe.seed, 0, len(train))
     batches = order.tensor_split(batch_ends(job, order)[:-1])
     mean = int(train.lengths.sum()) / len(batches)
     index = min(batches, key=lambda batch: abs(int(train.lengths[batch].sum()) - mean))[:MOST_SAMPLES]
     epochs = max(1, min(math.ceil(plan.epochs), LOOKED_EPOCHS, LOOKED_EXAMPLES // len(train)))
-    return index, largest_batch(train.lengths, plan.recipe.seed, epochs, plan.batch, plan.batch_tokens)
+    return index, largest_batch(train.lengths, plan.recipe.seed, epochs, plan.batch, plan.batch_tokens)[:MOST_SAMPLES]
 
 
 def _gradients(job: Job, *parts: Tensor) -> tuple[float, float]:
