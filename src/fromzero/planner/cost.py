@@ -63,9 +63,8 @@ def judged_bytes(facts: Facts) -> int:
 
 
 def peak_bytes(recipe: Recipe, facts: Facts, way: Way) -> int:
-    """Bytes at the highest moment; what trial steps needed beyond the count is added."""
-    counted, seen = sum(memory(recipe, facts, way).values()), facts.measured
-    return counted if seen is None else max(counted + seen.beyond_bytes, seen.planning_bytes)
+    """Bytes at the highest moment of a run; what trial steps needed beyond the count is added."""
+    return sum(memory(recipe, facts, way).values()) + (0 if facts.measured is None else facts.measured.beyond_bytes)
 
 
 def trained_values(facts: Facts) -> int:

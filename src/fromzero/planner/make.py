@@ -78,7 +78,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         disk=written,
         memory=memory(recipe, facts, chosen.way),
         predicted_seconds=sum(seconds.values()) if seconds else None,
-        predicted_peak_bytes=peak_bytes(recipe, facts, chosen.way),
+        predicted_peak_bytes=max(peak_bytes(recipe, facts, chosen.way), facts.measured.planning_bytes if facts.measured else 0),
     )
     return corrected(replace(plan, grade=_grade(plan)))
 
