@@ -405,7 +405,7 @@ def test_two_recipes_are_compared_and_overrides_hold_for_both(flowers: Path) -> 
     rows = {(row["group"], row["name"]): (row["this"], row["other"]) for row in found["differences"]}
     assert rows[("recipe", "batch")] == (64, 8) and rows[("plan", "steps")] == (found["this"]["steps"], found["other"]["steps"])
     assert ("recipe", "optimizer.lr") not in rows and ("facts", "data") not in rows
-    assert rows[("plan", "predicted peak bytes")][1] == found["other"]["predicted_peak_bytes"]
+    assert rows[("plan", "predicted seconds")][1] == found["other"]["predicted_seconds"]  # peaks can be the same to the page
 
 
 def test_a_comparison_with_a_plan_that_would_be_refused_is_printed_and_ends_with_2(flowers: Path) -> None:
