@@ -5,11 +5,14 @@ Nothing else enters. Dims: M examples.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fromzero.errors import DataError
 
+LOOKED_EPOCHS, LOOKED_EXAMPLES = 64, 2_000_000  # of which the largest batch is found
 _GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15 as int64
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
@@ -50,13 +53,13 @@ def epoch_batches(lengths: Tensor, order: Tensor, tokens: int) -> Tensor:
     return torch.searchsorted(ends - lengths[order], begins)
 
 
-def largest_batch(lengths: Tensor, seed: int, epochs: int, batch: int, tokens: int | None) -> Tensor:
-    """The examples of the batch that has the most tokens in these epochs.  lengths: (M,)  returns: (B,) int64
+def largest_batch(lengths: Tensor, seed: int, epochs: float, batch: int, tokens: int | None) -> Tensor:
+    """The examples of the batch that has the most tokens in these epochs, or the first of many.  lengths: (M,)  returns: (B,) int64
 
     batch, tokens:  examples of a batch, or about how many tokens it has
     """
     most, found = 0, torch.arange(0)
-    for epoch in range(epochs):
+    for epoch in range(max(1, min(math.ceil(min(epochs, LOOKED_EPOCHS)), LOOKED_EXAMPLES // len(lengths)))):
         order = epoch_order(seed, epoch, len(lengths))
         edges = torch.arange(0, len(order), batch) if tokens is None else epoch_batches(lengths, order, tokens)[:-1]
         for part in order.tensor_split(edges[1:]):

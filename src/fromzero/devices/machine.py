@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import resource
-import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -70,15 +69,6 @@ def free_memory() -> int:
             candidates.append(max(soft - _mapped(kind == resource.RLIMIT_DATA), 0))
     known = [c for c in candidates if c is not None]
     return min(known) if known else 4 * 2**30
-
-
-def free_disk(folder: Path) -> int:
-    """Bytes free where a folder is or will be; 0 where the system does not say."""
-    there = next((path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir()), Path())
-    try:
-        return shutil.disk_usage(there).free
-    except OSError:
-        return 0
 
 
 def _from_meminfo() -> int | None:

@@ -82,6 +82,11 @@ def learned_stages(facts: Facts) -> tuple[StageFacts, ...]:
     return costs[first:]
 
 
+def rows_at_once(recipe: Recipe, rows: int | None, units: int) -> int:
+    """Most rows of scores over the vocabulary at once.  rows: what they are limited to, if they are"""
+    return rows or (min(units, JUDGED[1]) if recipe.predicts_tokens else 0)
+
+
 def unit_bytes(recipe: Recipe, facts: Facts, way: Way) -> int:
     """What a sample or token keeps for the backward pass; at least 1."""
     held = sum(c.given if c.name in way.checkpointed else c.kept for c in learned_stages(facts))

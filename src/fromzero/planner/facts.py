@@ -27,17 +27,16 @@ from fromzero.data import (
 from fromzero.data.opening import find_path
 from fromzero.data.table import read_text
 from fromzero.data.tokens import add_tokens
-from fromzero.devices import free_disk, give_back_memory, held_memory, look_at_machine
+from fromzero.devices import give_back_memory, held_memory, look_at_machine
 from fromzero.errors import DataError, ModelError
 from fromzero.models import Decoder, ModelFacts, inspect_model
 from fromzero.planner.values import Facts
 from fromzero.recipe.schema import Adapter, BatchTokens, Given, ImageInput, Recipe
-from fromzero.sources.cache import cache_folder, room
+from fromzero.sources.cache import cache_folder, free_disk, room
 from fromzero.tuning import Frozen, add_adapters, choose_targets, find_frozen, frozen_beside, new_head
 
 PIECE = 256  # tokens of a piece of a corpus, where neither the recipe nor the model says
 LARGE = 2**26  # bytes of a model whose copy is worth collecting at once
-LOOKED_EPOCHS, LOOKED_EXAMPLES = 64, 2_000_000  # of which the largest batch is found
 INSPECTED = 256  # tokens of a document that are run through the model to see what it keeps in memory
 Built = tuple[nn.Module, Mapping[str, tuple[int, ...]]]  # the model, and the rows of the parts of its joined matrices
 BuildModel = Callable[[Recipe, Loaded], Built]  # as the recipe's source gives it, before head, adapters and freeze
@@ -141,9 +140,8 @@ def _largest(recipe: Recipe, loaded: Loaded) -> int:
         return 0
     asked, count = recipe.batch, len(train)
     batch = count if asked == "all" or isinstance(asked, BatchTokens) else min(asked, count)
-    epochs = min(math.ceil(recipe.epochs or LOOKED_EPOCHS), LOOKED_EPOCHS, max(1, LOOKED_EXAMPLES // count))
     tokens = asked.tokens if isinstance(asked, BatchTokens) else None
-    return int(train.lengths[largest_batch(train.lengths, recipe.seed, epochs, batch, tokens)].sum())
+    return int(train.lengths[largest_batch(train.lengths, recipe.seed, recipe.epochs or math.inf, batch, tokens)].sum())
 
 
 def _two(loaded: Loaded) -> tuple[Inputs, torch.Tensor]:

@@ -19,6 +19,7 @@ from fromzero.planner.cost import (
     learned_stages,
     memory,
     peak_bytes,
+    rows_at_once,
     share_again,
     step_seconds,
 )
@@ -51,8 +52,8 @@ def memory_limit(recipe: Recipe, facts: Facts) -> int:
 def choose_way(recipe: Recipe, facts: Facts, batch: int, kept: int) -> Chosen:
     """The cheapest way that stays within memory.  kept: bytes of the frozen part's results, where they are kept"""
     whole, least = batch_units(recipe, facts, batch), facts.data.text.longest if facts.reads_text and facts.data.text else 1
-    limit, rows = memory_limit(recipe, facts), score_rows(recipe, facts, batch)
-    plain = Way(whole, rows or (min(whole, 4096) if recipe.predicts_tokens else 0), kept=kept)
+    limit = memory_limit(recipe, facts)
+    plain = Way(whole, rows_at_once(recipe, score_rows(recipe, facts, batch), whole), kept=kept)
     plain = replace(plain, judged=_judged(recipe, facts, plain, least, limit))
     asked = recipe.limits.micro_batch
     most = min(whole, least * asked) if asked != "auto" else whole
@@ -79,7 +80,7 @@ def score_rows(recipe: Recipe, facts: Facts, batch: int) -> int | None:
         return None
     vocabulary = facts.model.output_shape[-1] if facts.model.output_shape else 1
     rows = max(16, SCORE_BYTES // (4 * vocabulary))
-    return rows if rows < max(batch_units(recipe, facts, batch), 4096) else None
+    return rows if rows < max(batch_units(recipe, facts, batch), JUDGED[1]) else None
 
 
 def _judged(recipe: Recipe, facts: Facts, way: Way, least: int, limit: int) -> int:

@@ -63,7 +63,8 @@ def certify(job: Job, sample_seconds: float, budget: float) -> Certificate:
         if found[0] > bound:  # only together they go wrong
             refused |= dict.fromkeys(ways, found[0])
             found = distance(together)
-    _passed(job, plan, batches[0][:0])
+    job.plan, job.stepped, job.fed = plan, job.model, job.train
+    carry_out(job.model, plan)
     error, tensor, loss_error = found
     against = "one sample at a time" if cut else "all samples together"
     return Certificate(error, bound, tensor, loss_error, len(batches[0]), against, refused, time.perf_counter() - began)
@@ -82,8 +83,6 @@ def _passed(job: Job, plan: Plan, index: Tensor, *, exact: bool = False) -> tupl
     """Loss and gradients of a batch, carried out as a plan says.  exact: without autocast"""
     job.plan, job.stepped, job.fed = _reduced(job, plan, index), job.model, job.train
     carry_out(job.model, plan)
-    if not len(index):
-        return 0.0, {}
     if plan.prefix:
         torch.manual_seed(plan.recipe.seed + 1)  # what stands still may draw nothing
         start_at_cut(job, some_rows(job, index), None)
@@ -102,7 +101,7 @@ def _reduced(job: Job, plan: Plan, index: Tensor) -> Plan:
     half = max(1, len(index) // 2)
     micro = min(plan.micro_batch, half) if plan.micro_batch < plan.batch else plan.micro_batch
     tokens = plan.micro_tokens
-    if tokens is not None and isinstance(job.train, TextExamples) and len(index):
+    if tokens is not None and isinstance(job.train, TextExamples):
         tokens = min(tokens, int(job.train.lengths[index].sum()) // 2)
     return replace(plan, micro_batch=micro, micro_tokens=tokens)
 

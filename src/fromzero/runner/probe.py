@@ -14,8 +14,8 @@ from torch import Tensor
 from fromzero.data import Loaded, TextExamples, epoch_order, largest_batch
 from fromzero.devices import forget_peak, give_back_memory, keep_freed_memory, peak_memory
 from fromzero.errors import ModelError
-from fromzero.planner.cost import STATE, WIDTH, Way, memory, trained_values
-from fromzero.planner.facts import LARGE, LOOKED_EPOCHS, LOOKED_EXAMPLES
+from fromzero.planner.cost import STATE, WIDTH, Way, memory, rows_at_once, trained_values
+from fromzero.planner.facts import LARGE
 from fromzero.planner.values import Measured, Plan
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.certificate import certify
@@ -118,8 +118,7 @@ def _batches(job: Job) -> tuple[Tensor, Tensor]:
     batches = order.tensor_split(batch_ends(job, order)[:-1])
     mean = int(train.lengths.sum()) / len(batches)
     index = min(batches, key=lambda batch: abs(int(train.lengths[batch].sum()) - mean))[:MOST_SAMPLES]
-    epochs = max(1, min(math.ceil(plan.epochs), LOOKED_EPOCHS, LOOKED_EXAMPLES // len(train)))
-    return index, largest_batch(train.lengths, plan.recipe.seed, epochs, plan.batch, plan.batch_tokens)[:MOST_SAMPLES]
+    return index, largest_batch(train.lengths, plan.recipe.seed, plan.epochs, plan.batch, plan.batch_tokens)[:MOST_SAMPLES]
 
 
 def _gradients(job: Job, *parts: Tensor) -> tuple[float, float]:
@@ -202,7 +201,7 @@ def _counted(job: Job, index: Tensor) -> int:
         units = min(len(index), plan.micro_batch)
     elif plan.micro_tokens is not None:
         units = min(units, plan.micro_tokens)
-    rows = plan.score_rows or (min(units, 4096) if plan.recipe.predicts_tokens else 0)
+    rows = rows_at_once(plan.recipe, plan.score_rows, units)
     parts = memory(plan.recipe, plan.facts, Way(units, rows, plan.checkpointed, judged=plan.judged))
     return sum(parts.values()) - parts["best weights"]
 

@@ -24,11 +24,9 @@ def carry_out(model: nn.Module, plan: Plan) -> None:
         stage = model.get_submodule(name)
         stage.forward = partial(run_again, stage.forward)
     if plan.compiled:
+        sizes = None if plan.facts.reads_text else False  # of texts they are many, and one code serves all; of images each has its own
         for module in _regions(model, plan.facts.model.stages):
-            # sizes of images are few and each is compiled for itself; those of texts are many, and one code is made for all
-            module.compile(
-                dynamic=None if plan.facts.reads_text else False, options={"fallback_random": True}
-            )  # dropout draws what it would draw without compiling
+            module.compile(dynamic=sizes, options={"fallback_random": True})  # dropout draws what it would draw without compiling
 
 
 def run_again(forward, *arguments, **named):  # type: ignore[no-untyped-def]

@@ -24,10 +24,18 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "fromzero"
 
 
+def free_disk(folder: Path) -> int:
+    """Bytes free where a folder is or will be; 0 where the system does not say."""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.is_dir())
+    try:
+        return shutil.disk_usage(there).free
+    except OSError:
+        return 0
+
+
 def room(folder: Path) -> int:
     """Bytes that the files of a folder may have together: half of what the disk has for them."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
-    return (shutil.disk_usage(there).free + sum(path.stat().st_size for path in _oldest(folder))) // 2
+    return (free_disk(folder) + sum(path.stat().st_size for path in _oldest(folder))) // 2
 
 
 def make_room(folder: Path, needs: int) -> None:
