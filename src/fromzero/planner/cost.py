@@ -12,6 +12,7 @@ STATE = {"sgd": 0, "rmsprop": 1, "adam": 2, "adamw": 2}  # copies of the trained
 WIDTH = {"float32": 4, "float64": 8, "bf16": 4, "auto": 4}  # bytes of a master weight
 _SCORES = 3  # times that a row of scores is in memory: itself, its softmax, its gradient
 _BACKWARD = 2  # forward passes that a backward pass costs: one product for the inputs' gradient, one for the weights'
+LOOP_SECONDS = 2e-4  # of a step's own bookkeeping: its numbers are looked at, and its event is written and heard
 JUDGED = (256, 4096)  # samples, and tokens of text, at once where nothing is kept for a backward pass
 
 
@@ -141,14 +142,14 @@ def run_seconds(recipe: Recipe, facts: Facts, steps: int, evaluations: int, way:
         once = (facts.data.train + facts.data.validation) * seen.pass_seconds
         return {
             "frozen part": once,
-            "step": steps * seen.kept_step_seconds,
+            "step": steps * (seen.kept_step_seconds + LOOP_SECONDS),
             "evaluate": evaluations * seen.evaluate_seconds * seen.kept_step_seconds / seen.step_seconds,
         }
     samples = (evaluations + 1 if recipe.task == "language" else 2) * seen.sample_seconds
     return {
         "fetch": steps * seen.fetch_seconds,
         "step": steps * (seen.step_seconds - seen.fetch_seconds - seen.update_seconds),
-        "update": steps * seen.update_seconds,
+        "update": steps * (seen.update_seconds + LOOP_SECONDS),
         "evaluate": evaluations * seen.evaluate_seconds + samples,
     }
 

@@ -27,9 +27,10 @@ from fromzero.runner.samples import sample_seconds
 from fromzero.runner.step import gradients
 from fromzero.tuning import LowRank, set_training
 
-LEAST_STEPS = 4  # the first warms up and is not counted
-MOST_STEPS = 24
-ENOUGH_SECONDS = 0.15  # steps of a small model are many, so that their median means something
+LEAST_STEPS = 4
+MOST_STEPS = 400
+ENOUGH_SECONDS = 0.4  # steps of a small model are many, so that their mean means something: it has the slow ones in it, as a run has
+WARM = 4  # one in so many steps, the first ones, warms up and is not counted
 MOST_SECONDS, MOST_SHARE = 3.0, 0.05  # of trial steps and certificate together: the larger of this and its share of the run
 LONG_STEP = 0.5  # seconds
 PASSED = 256  # examples whose way to the cut is timed
@@ -82,7 +83,7 @@ def _measured(job: Job, before: int, began: float) -> Measured:
     beyond = [peak_memory() - _counted(job, largest) + state]
     forget_peak()
     trial = _steps(job, index)
-    whole, fetch, update = (share * statistics.median(seconds) for seconds in (trial.whole, trial.fetch, trial.update))
+    whole, fetch, update = (share * statistics.fmean(seconds) for seconds in (trial.whole, trial.fetch, trial.update))
     one_piece = _piece_seconds(job, index, whole)
     evaluate = _evaluation_seconds(job)
     beyond.append(peak_memory() - _counted(job, index))
@@ -128,7 +129,7 @@ def _gradients(job: Job, *parts: Tensor) -> tuple[float, float]:
 
 
 def _steps(job: Job, index: Tensor) -> Trial:
-    """Steps on one batch, as many as there is time for; of several the first, which makes the optimizer's state, is not counted."""
+    """Steps on one batch, as many as there is time for; of several the first, which make the optimizer's state and warm up, are not counted."""
     whole, fetch, update, losses, silent = [], [], [], [], tuple[str, ...]()
     begun = time.perf_counter()
     for step in range(MOST_STEPS):
@@ -153,7 +154,7 @@ def _steps(job: Job, index: Tensor) -> Trial:
         spent, allowed = ended - begun, max(MOST_SECONDS, MOST_SHARE * job.plan.steps * whole[0]) / 2
         if spent + whole[-1] > allowed or (spent > ENOUGH_SECONDS and step + 1 >= LEAST_STEPS):
             break
-    warm = 1 if len(whole) > 1 else 0
+    warm = -(-len(whole) // WARM) if len(whole) > 1 else 0
     return Trial(whole[warm:], fetch[warm:], update[warm:], losses, silent)
 
 
@@ -218,7 +219,7 @@ def _from_the_cut(job: Job, count: int) -> tuple[float | None, float | None, str
     except ModelError as error:
         return None, None, str(error)
     few = index[: job.plan.batch]
-    seconds = statistics.median(_steps(job, few).whole)
+    seconds = statistics.fmean(_steps(job, few).whole)
     job.stepped, job.fed = job.model, job.train
     return seconds * _share(job, few), passed, ""
 
