@@ -101,7 +101,7 @@ def test_inspection_finds_the_head_and_no_idle_layer() -> None:
     facts = inspect_model(built(TINY, outputs=3).float(), batch(), "encoder", samples=len(LENGTHS))
     assert facts.head == "head"
     assert facts.idle == ()
-    assert facts.random and not facts.coupled
+    assert facts.draws and not facts.random and not facts.coupled
 
 
 def test_weights_begin_small_biases_at_zero_and_norms_at_one() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fromzero as fz
@@ -58,17 +59,20 @@ def test_the_plain_way_itself_is_equal_to_single_samples_up_to_the_order_of_addi
     assert 0 < found.error < found.bound < 1e-3
 
 
-def test_checkpointing_is_bitwise_equal_with_dropout_too() -> None:
+def test_checkpointing_changes_no_bit_with_dropout_either() -> None:
     made = planned(net(p=0.5))
-    found = certified(made, checkpointed=("first", "second"))
-    assert found.plain == "all samples together" and (found.error, found.tensor, found.refused) == (0.0, "", {})
+    found, plain = certified(made, checkpointed=("first", "second")), certified(made)
+    assert found.plain == "one sample at a time" and 0 < found.error < found.bound and not found.refused
+    assert (found.error, found.tensor, found.loss_error) == (plain.error, plain.tensor, plain.loss_error)
 
 
 def test_checkpointing_that_loses_the_draws_of_dropout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    forgetful = lambda forward, *given, **named: regions.checkpoint(forward, *given, use_reentrant=False, preserve_rng_state=False, **named)  # noqa: E731
+    def forgetful(forward: Any, draws: Any, *given: Any, **named: Any) -> Any:
+        return regions.checkpoint(forward, *given, use_reentrant=False, **named)
+
     monkeypatch.setattr(regions, "run_again", forgetful)
     found = certified(planned(net(p=0.5)), checkpointed=("first", "second"), micro_tokens=None)
-    assert set(found.refused) == {"checkpointing"} and found.refused["checkpointing"] > 0.01 and found.error == 0.0
+    assert set(found.refused) == {"checkpointing"} and found.refused["checkpointing"] > 0.01 and found.error < found.bound
 
 
 def test_a_loss_averaged_per_piece_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +154,22 @@ def test_certificate_off_checks_nothing_and_says_so() -> None:
 
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13.0"), reason="the fault is torch 2.13.0's")
+class Convolutions(nn.Module):
+    """The network of the digits tutorial, without its dropout; torch 2.13.0 compiles it to code whose gradients are zero"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(1, 32, 3), nn.Conv2d(32, 64, 3)
+        self.fc1, self.fc2 = nn.Linear(9216, 128), nn.Linear(128, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv2(F.relu(self.conv1(x)))), 2)
+        return self.fc2(F.relu(self.fc1(x.flatten(1))))
+
+
 def test_compiling_the_digits_network_is_refused_by_name_where_its_gradients_are_zero(tmp_path: Path) -> None:
-    recipe = fz.read(Path(__file__).parents[2] / "recipes" / "seed.yaml", "limits.compile=always", "steps=3", "data.limit=640")
-    made = fz.plan(recipe, runs=tmp_path, beside=Path(__file__).parents[2] / "recipes")
+    recipe = {"task": "classify", "data": {"train": "mnist-5k", "limit": 640}, "batch": 64, "steps": 3, "limits": {"compile": "always"}}
+    made = fz.plan({**recipe, "model": Convolutions()}, runs=tmp_path)
     refused = made.plan.facts.measured.certificate.refused  # type: ignore[union-attr]
     assert set(refused) == {"compile"} and refused["compile"] > 0.5 and not made.plan.compiled
     text = " ".join(str(made).replace("│", "").split())

@@ -76,13 +76,17 @@ def keyed_uniform(seed: int, epoch: int, samples: Tensor, draws: int) -> Tensor:
     source:   SplitMix64 as a counter-based generator: Steele, Lea, Flood, "Fast splittable pseudorandom
               number generators", OOPSLA 2014, figure 16
     """
-    base = _mixed_seed(seed, epoch)
-    counter = samples.to(torch.int64)[:, None] * draws + torch.arange(draws)
-    bits = _mix(_mix(counter * _GOLDEN + base) + _GOLDEN)
-    return _shift(bits, 11).to(torch.float64) * 2.0**-53
+    words = keyed_words(seed, epoch, samples.to(torch.int64)[:, None] * draws + torch.arange(draws))
+    return _shift(mix(words + _GOLDEN), 11).to(torch.float64) * 2.0**-53
 
 
-def _mix(z: Tensor) -> Tensor:
+def keyed_words(seed: int, epoch: int, counters: Tensor) -> Tensor:
+    """64 bits that belong to each counter, int64 as these are, in its shape."""
+    return mix(counters * _GOLDEN + _mixed_seed(seed, epoch))
+
+
+def mix(z: Tensor) -> Tensor:
+    """Let every bit of an int64 change every other; 0 stays 0."""
     z = (z ^ _shift(z, 30)) * _MIX_1
     z = (z ^ _shift(z, 27)) * _MIX_2
     return z ^ _shift(z, 31)
@@ -94,7 +98,7 @@ def _shift(z: Tensor, bits: int) -> Tensor:
 
 
 def _mixed_seed(seed: int, epoch: int) -> int:
-    word = 2**64 - 1  # the same mixing as _mix, on one Python number
+    word = 2**64 - 1  # the same mixing as mix, on one Python number
     z = ((seed & (2**63 - 1)) * (_GOLDEN & word) + epoch + 1) & word
     z = ((z ^ z >> 30) * (_MIX_1 & word)) & word
     z = ((z ^ z >> 27) * (_MIX_2 & word)) & word

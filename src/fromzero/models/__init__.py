@@ -14,11 +14,12 @@ from fromzero.models.catalogue import (
 )
 from fromzero.models.decoder import Decoder
 from fromzero.models.families import Family
-from fromzero.models.inspect import LayerFacts, ModelFacts, Reads, StageFacts, inspect_model
+from fromzero.models.inspect import KEYED, LayerFacts, ModelFacts, Reads, StageFacts, inspect_model
 from fromzero.models.layers.attention import choose_path
 
 __all__ = [
     "FAMILIES",
+    "KEYED",
     "MODELS",
     "TEXT_MODELS",
     "Blueprint",

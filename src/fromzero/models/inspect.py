@@ -21,7 +21,8 @@ from fromzero.models.foreign import Foreign
 from fromzero.models.layers.attention import Attend
 from fromzero.models.stages import find_stages
 
-_RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
+KEYED = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)  # what falls out there can belong to a sample or token
+_RANDOM = (*KEYED, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.RReLU)
 _COUPLING = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
@@ -72,7 +73,7 @@ class ModelFacts:
     linears: tuple[str, ...]
     ends_in: str  # softmax | log_softmax | ""
     flat_dropout: tuple[str, ...]  # Dropout2d that got (B, D)
-    random: bool  # the output in training depends on random draws
+    random: bool  # the output in training depends on draws that belong to no sample: not those of a dropout layer over samples or tokens
     coupled: tuple[str, ...]  # layers that mix the samples of a batch
     attends: bool = False  # with our attention over documents, which has several paths
     widest: int = 0  # bytes of the largest thing that a layer reads, per sample, or per token where the model reads text
@@ -104,7 +105,8 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
     used = {p for layer in layers for p in layer.tensors}
     linears = tuple(n for n in executed if isinstance(modules[n], nn.Linear))
     drawing = {n for n, m in modules.items() if isinstance(m, _RANDOM) and getattr(m, "p", True)}
-    random = _differs(twin, inputs)
+    keyed = {n for n in drawing if type(modules[n]) in KEYED and n not in watch.other_rows}
+    random = _differs(twin, inputs, [modules[n] for n in keyed])
     parameters = dict(model.named_parameters())
     return ModelFacts(
         name=name,
@@ -121,7 +123,7 @@ def inspect_model(model: nn.Module, inputs: tuple[Tensor, ...], name: str, *, sa
         linears=linears,
         ends_in=_ends_in(outputs),
         flat_dropout=tuple(dict.fromkeys(watch.flat_dropout)),
-        random=random or bool(drawing),
+        random=random or bool(drawing - keyed),
         draws=tuple(n for n in executed if n in drawing),
         reads=watch.reads,
         coupled=tuple(n for n in executed if isinstance(modules[n], _COUPLING)),
@@ -140,6 +142,7 @@ class _Watch:
         self.order: list[str] = []
         self.reads: dict[str, Reads] = {}
         self.flat_dropout: list[str] = []
+        self.other_rows: set[str] = set()  # layers that were given something else than a row for each sample or token
         self.costs = {stage: [0, 0, 0] for stage in (*stages, "")}  # bytes kept, bytes given, operations
         self.widest = 0
         self._stage = ""
@@ -160,7 +163,7 @@ class _Watch:
             self._counted, self._stage = total, stage
             self.costs[stage][1] += sum(a.nbytes for a in arguments if isinstance(a, Tensor)) if stage else 0
 
-        handles = [m.register_forward_pre_hook(self._note(n)) for n, m in self._leaves.items()]
+        handles = [m.register_forward_pre_hook(self._note(n, _counts(inputs))) for n, m in self._leaves.items()]
         for stage in self.costs:
             if stage:
                 handles.append(modules[stage].register_forward_pre_hook(lambda _, given, stage=stage: enter(stage, given)))
@@ -198,8 +201,10 @@ class _Watch:
             raise ModelError(f"{name} gives {what}", why=f"training needs one tensor of {rows} rows here", key="model")
         return outputs.detach()
 
-    def _note(self, name: str) -> Any:
+    def _note(self, name: str, counts: tuple[int, int]) -> Any:
         def hook(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            if not (arguments and isinstance(arguments[0], Tensor) and arguments[0].ndim and len(arguments[0]) in counts):
+                self.other_rows.add(name)
             self.order.append(name)
             self.widest = max([self.widest, *(a.nbytes for a in arguments if isinstance(a, Tensor))])
             if isinstance(module, nn.Dropout2d) and arguments and isinstance(arguments[0], Tensor) and arguments[0].ndim == 2:
@@ -208,7 +213,7 @@ class _Watch:
         return hook
 
     def _see(self, name: str, inputs: tuple[Tensor, ...]) -> Any:
-        samples, tokens = (len(inputs[1]) - 1, len(inputs[0])) if len(inputs) == 2 else (len(inputs[0]), -1)
+        samples, tokens = _counts(inputs)
 
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             first = arguments[0] if arguments else None
@@ -216,6 +221,11 @@ class _Watch:
                 self.reads.setdefault(name, Reads(tuple(first.shape[1:]), len(first) == tokens))
 
         return hook
+
+
+def _counts(inputs: tuple[Tensor, ...]) -> tuple[int, int]:
+    """How many samples and how many tokens; -1 where there are none"""
+    return (len(inputs[1]) - 1, len(inputs[0])) if len(inputs) == 2 else (len(inputs[0]), -1)
 
 
 def _call(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
@@ -253,9 +263,11 @@ def _ends_in(outputs: Tensor) -> str:
     return ""
 
 
-def _differs(model: nn.Module, inputs: tuple[Tensor, ...]) -> bool:
-    """Whether two training passes with different random states differ: finds functional dropout."""
+def _differs(model: nn.Module, inputs: tuple[Tensor, ...], apart: Sequence[nn.Module]) -> bool:
+    """Whether two training passes with different random states differ: finds functional dropout.  apart: layers that draw nothing here"""
     model.train()
+    for layer in apart:
+        layer.eval()
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
         warnings.simplefilter("ignore")
         results = []

@@ -7,6 +7,7 @@ Dims: B batch, T positions, N tokens end to end, F values a position, D width, K
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,25 +87,31 @@ class RNN(nn.Module):
         if self.embedding is None or offsets is None:
             if self.embedding is not None or offsets is not None:
                 raise ShapeError("rnn reads tokens with offsets, or vectors without", why="it was built for the other")
-            return self._read(x)
+            return self._read(x, self.dropout)
         documents, vectors = documents_of(x, offsets), self.embedding(x)  # (N, D)
         if len(documents.groups) == 1:
-            read = self._read(vectors.reshape(len(documents.lengths), documents.longest, -1))
+            dense = vectors.reshape(len(documents.lengths), documents.longest, -1)
+            read = self._read(dense, lambda x: self.dropout(x.flatten(0, 1)).view_as(x))
             return read.flatten(0, 1) if self.per == "token" else read
         packed, order = pack(vectors, documents)
-        return self._read(packed)[order.argsort()] if self.per == "token" else self._read(packed)
+        back = order.argsort()
+        read = self._read(packed, lambda x: x._replace(data=self.dropout(x.data[back])[order]))
+        return read[back] if self.per == "token" else read
 
-    def _read(self, x: Tensor | PackedSequence) -> Tensor:
-        """returns: (B, K), or per token (B, T, K) for a dense batch, (N, K) in the order of the packed one"""
+    def _read(self, x: Any, drop: Callable[[Any], Any]) -> Tensor:
+        """x: (B, T, D) or a packed sequence.  drop: dropout that sees tokens end to end, so that what falls out does not depend on packing
+
+        returns: (B, K), or per token (B, T, K) for a dense batch, (N, K) in the order of the packed one
+        """
         for i, block in enumerate(self.blocks):
-            if i > 0:
-                x = x._replace(data=self.dropout(x.data)) if isinstance(x, PackedSequence) else self.dropout(x)
-            x, state = block(x)
+            x, state = block(drop(x) if i > 0 else x)
+        if self.per == "token":
+            x = drop(x)
+            scores: Tensor = self.head(x.data if isinstance(x, PackedSequence) else x)
+            return scores
         last = state[0] if isinstance(state, tuple) else state  # (directions, B, D)
-        values = x.data if isinstance(x, PackedSequence) else x
-        features = values if self.per == "token" else last.transpose(0, 1).flatten(1)
-        scores: Tensor = self.head(self.dropout(features))
-        return scores
+        of_all: Tensor = self.head(self.dropout(last.transpose(0, 1).flatten(1)))
+        return of_all
 
 
 def pack(values: Tensor, documents: Documents) -> tuple[PackedSequence, Tensor]:

@@ -108,7 +108,7 @@ class Facts:
             return f"{coupled[0]} mixes the samples of a batch (BatchNorm)"
         if self.measured and self.measured.certificate and "micro_batch" in self.measured.certificate.refused:
             return "its samples were seen to change each other's gradients"
-        return "the model draws random numbers in training (dropout), which cutting would change" if self.model.random else ""
+        return "the model draws random numbers that belong to no sample, outside of dropout layers" if self.model.random else ""
 
     def with_measured(self, measured: Measured) -> Facts:
         return replace(self, measured=measured)

@@ -43,7 +43,7 @@ def sure_gradients(job: Job, index: Tensor, epoch: int) -> tuple[tuple[float, fl
         changed.append(
             f"memory ran out: {_what_is_smaller(job.plan)} from here on" if full else f"{failed}; it is not compiled from here on"
         )
-        carry_out(job.model, job.plan)
+        carry_out(job.model, job.plan, job.draws)
 
 
 def _smaller(plan: Plan, train: object, index: Tensor) -> Plan:

@@ -24,6 +24,7 @@ from fromzero.optim import lr_factor, make_optimizer, parameter_groups
 from fromzero.planner.facts import adapter_options
 from fromzero.planner.values import Plan
 from fromzero.recipe.schema import Given, OwnLoss, Recipe
+from fromzero.runner.draws import Draws
 from fromzero.runner.judge import Judge
 from fromzero.runner.regions import carry_out
 from fromzero.runner.saved import Adapted, Design, SavedModel, begin_with, find_model
@@ -56,6 +57,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     factor: Callable[[int], float]  # step → multiplier of every learning rate
     augment: Augmentation | None
+    draws: Draws
     device: torch.device
     saved: SavedModel
     stepped: nn.Module  # what a step runs: the model, or its tail from where the frozen part ends
@@ -163,7 +165,8 @@ def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
         add_adapters(model, plan.facts.adapted, **design.adapted.options, seed=recipe.seed)  # type: ignore[union-attr]
         if recipe.adapter.start is not None:
             begin_with(model, design, _folder_of(recipe.adapter.start, place))
-    carry_out(model, plan)
+    draws = Draws(recipe.seed)
+    carry_out(model, plan, draws)
     freeze(model, frozen)
     spec = recipe.optimizer
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
@@ -181,6 +184,7 @@ def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
         optimizer=make_optimizer(spec.name, groups, **options),
         factor=lambda step: lr_factor(recipe.schedule.name, step, plan.steps, **schedule),
         augment=_augmentation(recipe, loaded),
+        draws=draws,
         device=device,
         saved=SavedModel(design, loaded.preparation, recipe.task, recipe.loss_name, Path(), published=_accompanying(loaded, place)),
         stepped=model,

@@ -64,7 +64,7 @@ def certify(job: Job, sample_seconds: float, budget: float) -> Certificate:
             refused |= dict.fromkeys(ways, found[0])
             found = distance(together)
     job.plan, job.stepped, job.fed = plan, job.model, job.train
-    carry_out(job.model, plan)
+    carry_out(job.model, plan, job.draws)
     error, tensor, loss_error = found
     against = "one sample at a time" if cut else "all samples together"
     return Certificate(error, bound, tensor, loss_error, len(batches[0]), against, refused, time.perf_counter() - began)
@@ -82,7 +82,7 @@ def _batches(job: Job, fits: int) -> list[Tensor]:
 def _passed(job: Job, plan: Plan, index: Tensor, *, exact: bool = False) -> tuple[float, Gradients]:
     """Loss and gradients of a batch, carried out as a plan says.  exact: without autocast"""
     job.plan, job.stepped, job.fed = _reduced(job, plan, index), job.model, job.train
-    carry_out(job.model, plan)
+    carry_out(job.model, plan, job.draws)
     if plan.prefix:
         torch.manual_seed(plan.recipe.seed + 1)  # what stands still may draw nothing
         start_at_cut(job, some_rows(job, index), None)

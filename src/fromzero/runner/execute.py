@@ -28,6 +28,7 @@ from fromzero.runner.lock import holding
 from fromzero.runner.loop import Best, train
 from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.progress import Progress
+from fromzero.runner.regions import make_plain
 from fromzero.runner.samples import samples
 from fromzero.runner.saved import write_model
 from fromzero.sources.cache import write_whole
@@ -97,6 +98,7 @@ def execute(
     if error is not None:
         raise error
     job.model.load_state_dict(kept)
+    make_plain(job.model)
     return Outcome(folder, result, job.model.eval())
 
 

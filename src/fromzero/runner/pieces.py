@@ -26,6 +26,7 @@ def pieces(job: Job, index: Tensor, epoch: int) -> Pieces:
     def fetch(part: Tensor) -> tuple[Inputs, Tensor]:
         if isinstance(job.train, TextExamples):
             part = part[job.train.lengths[part].argsort(stable=True)]  # documents of one length are attended to together
+        job.draws.begin(part, epoch, job.train.lengths[part] if isinstance(job.train, TextExamples) else None)
         inputs, targets = job.fed.take(part)
         if job.augment is not None:
             inputs = (job.augment(inputs[0], part, seed=job.plan.recipe.seed, epoch=epoch),)

@@ -12,33 +12,35 @@ from torch.utils.checkpoint import checkpoint
 
 from fromzero.models import choose_path
 from fromzero.planner.values import Plan
+from fromzero.runner.draws import Draws
 from fromzero.tuning import choose_lowrank_path
 
 
-def carry_out(model: nn.Module, plan: Plan) -> None:
-    """Let the modules of a model compute as the plan says."""
+def carry_out(model: nn.Module, plan: Plan, draws: Draws) -> None:
+    """Let the modules of a model compute as the plan says, and draw what belongs to each example."""
     choose_path(model, plan.attention)
     choose_lowrank_path(model, plan.lowrank)
     make_plain(model)
+    draws.carry_out(model)
     for name in plan.checkpointed:
         stage = model.get_submodule(name)
-        stage.forward = partial(run_again, stage.forward)
+        stage.forward = partial(run_again, stage.forward, draws)
     if plan.compiled:
         sizes = None if plan.facts.reads_text else False  # of texts they are many, and one code serves all; of images each has its own
         for module in _regions(model, plan.facts.model.stages):
             module.compile(dynamic=sizes, options={"fallback_random": True})  # dropout draws what it would draw without compiling
 
 
-def run_again(forward, *arguments, **named):  # type: ignore[no-untyped-def]
+def run_again(forward, draws, *arguments, **named):  # type: ignore[no-untyped-def]
     """Keep the inputs of a stage alone; its forward pass runs again before its backward pass, with the same random draws.
 
     source: arXiv:1604.06174 section 3; torch.utils.checkpoint, non-reentrant
     """
-    return checkpoint(forward, *arguments, use_reentrant=False, preserve_rng_state=True, **named)
+    return checkpoint(draws.again(forward), *arguments, use_reentrant=False, preserve_rng_state=True, **named)
 
 
 def make_plain(model: nn.Module) -> None:
-    """Take back what `carry_out` did to stages."""
+    """Take back what `carry_out` did to modules."""
     for module in model.modules():
         if isinstance(module.__dict__.get("forward"), partial):
             del module.forward
