@@ -286,13 +286,22 @@ def load(
     return build_published(published_of(start, source), options, per_token=per_token)[0].eval()
 
 
-def predict(source: str, inputs: Any, *, runs: str | Path = "runs", model: Any = None) -> Predictions:
-    """Predict for a table, an image, a folder of images, an array file, or arrays and tables from Python."""
+def predict(
+    source: str, inputs: Any, *, runs: str | Path = "runs", model: Any = None, told: Callable[[int, int], None] | None = None
+) -> Predictions:
+    """Predict for a table, an image, a folder of images, an array file, texts, an open stream, or arrays and tables from Python.
+
+    Inputs that cannot be read are left out of `rows` and listed in `faults`.
+
+    model:  a fresh module, where the run's was given from Python and cannot be rebuilt
+    told:   hears now and then how many inputs are done, of how many
+    """
+    from fromzero.devices import look_at_machine
     from fromzero.runner.saved import find_model, read_model
     from fromzero.use.predict import predict as predict_with
 
     saved = read_model(find_model(source, Path(runs)))
-    return predict_with(saved, saved.load(model), inputs)
+    return predict_with(saved, saved.load(model).to(look_at_machine().device), inputs, told)
 
 
 def generate(source: str, prompt: str, *, max_tokens: int = 256, seed: int | None = 0, runs: str | Path = "runs", **drawn: Any) -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
@@ -333,8 +334,10 @@ def chat(
 @app.command()
 def predict(
     model: Source,
-    inputs: Annotated[str, typer.Argument(metavar="INPUT", help="a table, an image, a folder of images or an array file")],
-    output: Annotated[str | None, typer.Option(metavar="FILE", help="write a .csv, .json or .jsonl instead of printing")] = None,
+    inputs: Annotated[
+        str, typer.Argument(metavar="INPUT", help="a table, an image, a folder of images, an array file, texts, or - for standard input")
+    ],
+    output: Annotated[str | None, typer.Option(metavar="FILE", help="write a .csv, .json, .jsonl or .parquet instead of printing")] = None,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
@@ -346,7 +349,7 @@ def predict(
         nonlocal left_out
         from fromzero.use.write import as_table, write_rows
 
-        found = fz.predict(model, inputs, runs=runs)
+        found = fz.predict(model, sys.stdin.buffer if inputs == "-" else inputs, runs=runs, told=_progress())
         rows = [row.as_row() for row in found.rows]
         for fault in found.faults:
             print(f"left out: {fault}", file=sys.stderr)
@@ -359,6 +362,19 @@ def predict(
     _answer(work, as_json, debug, str)
     if left_out:
         raise SystemExit(2)
+
+
+def _progress() -> Callable[[int, int], None]:
+    """One line on a terminal that says how far long work has come; silent in a pipe and for what is soon done."""
+    begun, shown = time.monotonic(), False
+
+    def told(done: int, total: int) -> None:
+        nonlocal shown
+        if sys.stderr.isatty() and (shown or (done < total and time.monotonic() - begun > 1)):
+            print(f"\r{done:,} of {total:,} ", end="\n" if done >= total else "", file=sys.stderr, flush=True)
+            shown = True
+
+    return told
 
 
 @app.command()

@@ -113,6 +113,16 @@ class Columns:
         returns:  (M, W) float32
         raises:   DataError with every column that is missing and every cell that cannot be read
         """
+        values, _, faults = self.read(table)
+        if faults:
+            raise DataError(faults[:20])
+        return values
+
+    def read(self, table: Table) -> tuple[Tensor, list[int], list[Fault]]:
+        """The rows whose every cell can be read, (M', W) float32; their places; and what is wrong with the others.
+
+        raises: DataError with every column that is missing
+        """
         absent = [c.name for c in self.columns if c.name not in table.columns]
         if absent:
             faults = []
@@ -121,11 +131,10 @@ class Columns:
                 mend = f"is '{close[0]}' the same?" if close else f"the file has {', '.join(list(table.columns)[:12])}"
                 faults.append(Fault(f"has no column '{name}', which the model was trained with", mend=mend, file=table.file, key=name))
             raise DataError(faults)
-        faults = []
-        blocks = [_encode(column, table, faults) for column in self.columns]
-        if faults:
-            raise DataError(faults[:20])
-        return torch.from_numpy(np.concatenate(blocks, axis=1).astype(np.float32))
+        found: list[tuple[int, Fault]] = []
+        values = np.concatenate([_encode(column, table, found) for column in self.columns], axis=1)
+        readable = sorted({*range(len(table))} - {row for row, _ in found})
+        return torch.from_numpy(values[readable].astype(np.float32)), readable, [fault for _, fault in found]
 
 
 def gap(cell: Any) -> bool:
@@ -138,7 +147,12 @@ def gap(cell: Any) -> bool:
         return False
 
 
-def _encode(column: Column, table: Table, faults: list[Fault]) -> np.ndarray[Any, Any]:
+def _encode(column: Column, table: Table, found: list[tuple[int, Fault]]) -> np.ndarray[Any, Any]:
+    """The column's numbers, (M, width).  found: gets the rows and faults of cells that cannot be read"""
+
+    def fault(row: int, what: str, why: str) -> None:
+        found.append((row, Fault(what, why=why, file=table.file, line=table.lines[row], key=column.name)))
+
     cells = table.columns[column.name]
     gaps = np.array([missing(cell) for cell in cells], dtype=bool)
     if column.kind == "category":
@@ -157,34 +171,20 @@ def _encode(column: Column, table: Table, faults: list[Fault]) -> np.ndarray[Any
             try:
                 values[row] = float(cell)
             except (ValueError, OverflowError):
-                faults.append(
-                    Fault(
-                        f"{str(cell)[:40]!r} is not a number",
-                        why="the column held numbers in training",
-                        file=table.file,
-                        line=table.lines[row],
-                        key=column.name,
-                    )
-                )
+                fault(row, f"{str(cell)[:40]!r} is not a number", "the column held numbers in training")
         gaps = ~np.isfinite(values)
         values[gaps] = column.fill
         with np.errstate(over="ignore"):
             matrix = ((values - column.mean) / column.std)[:, None]
         for row in np.flatnonzero(np.abs(matrix[:, 0]) > MOST_DEVIATIONS).tolist():
             why = f"it lies more than {MOST_DEVIATIONS:g} deviations from the mean in training, {column.mean:.4g}"
-            faults.append(
-                Fault(f"{str(cells[row])[:40]} is out of all range", why=why, file=table.file, line=table.lines[row], key=column.name)
-            )
+            fault(row, f"{str(cells[row])[:40]} is out of all range", why)
         if column.flag:
             matrix = np.concatenate([matrix, gaps[:, None].astype(np.float64)], axis=1)
     if column.policy in ("error", "drop"):
         for row in np.flatnonzero(gaps).tolist():
             what = "is empty" if missing(cells[row]) else f"is {cells[row]}, not a finite number"
-            faults.append(
-                Fault(
-                    what, why=f"data.missing says {column.policy} for this column", file=table.file, line=table.lines[row], key=column.name
-                )
-            )
+            fault(row, what, f"data.missing says {column.policy} for this column")
     return matrix
 
 

@@ -1,4 +1,4 @@
-"""Writing: rows of predictions in, a CSV or JSON file or a table for the terminal out."""
+"""Writing: rows of predictions in, a CSV, JSON or parquet file or a table for the terminal out."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fromzero.errors import UserError
+from fromzero.errors import MissingExtra, UserError
 from fromzero.sources.cache import write_whole
 
 WIDTH = 80
@@ -27,9 +27,23 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         writer.writeheader()
         writer.writerows(rows)
         text = buffer.getvalue()
+    elif path.suffix == ".parquet":
+        write_whole(path, _parquet(rows))
+        return
     else:
-        raise UserError(f"'{path.suffix}' is no ending that predictions are written to", mend=".csv, .json or .jsonl", file=str(path))
+        mend = ".csv, .json, .jsonl or .parquet"
+        raise UserError(f"'{path.suffix}' is no ending that predictions are written to", mend=mend, file=str(path))
     write_whole(path, text.encode())
+
+
+def _parquet(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    try:
+        import polars
+    except ImportError:
+        raise MissingExtra("parquet files need polars", mend="pip install polars") from None
+    buffer = io.BytesIO()
+    polars.DataFrame(list(rows), infer_schema_length=None).write_parquet(buffer)
+    return buffer.getvalue()
 
 
 def as_table(rows: Sequence[Mapping[str, Any]]) -> str:
