@@ -1,12 +1,13 @@
 """A run of this version, stopped half-way → tests/runner/released/VERSION: recipe, plan, data and one checkpoint of a few kB.
 
-    python tests/runner/released/make.py        once for each release; what is there already is never written anew
+python tests/runner/released/make.py        once for each release; what is there already is never written anew
 """
 
 import os
 import shutil
 import signal
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 import fromzero as fz
@@ -45,10 +46,8 @@ def main() -> None:
         os.chdir(folder)
         Path("rows.csv").write_text(rows())
         Path("old.yaml").write_text(RECIPE)
-        try:
+        with suppress(fz.Interrupted):
             fz.run(fz.plan("old.yaml"), observers=[stop])
-        except fz.Interrupted:
-            pass
         run, kept = Path("runs/old"), target / "old"
         shutil.copytree(run / "checkpoints", kept / "checkpoints")
         shutil.copy("rows.csv", target)
