@@ -1,7 +1,7 @@
 """Checkpoints: a job and its progress in, a folder on the disk out that is whole or not there, and back, bit for bit.
 
 checkpoints/latest step-N/weights.safetensors optimizer.safetensors [best.safetensors] progress.json manifest.json
-Beside them, for a while: step-N.tmp-PID, not yet or no longer a checkpoint; step-N.aside, damaged or about to be replaced.
+Beside them, for a while: step-N.tmp-PID, not yet a checkpoint; step-N.gone-PID, no longer one; step-N.aside, damaged or about to be replaced.
 What stands still is not written: the run builds it again from its source, and its digest is compared.
 """
 
@@ -35,7 +35,7 @@ LATEST = "latest"  # a file with the name of the newest checkpoint; it moves whe
 WEIGHTS, OPTIMIZER, BEST, PROGRESS = "weights.safetensors", "optimizer.safetensors", "best.safetensors", "progress.json"
 OF_BEST = "best."  # in front of the names in best.safetensors: no name stands twice in a checkpoint, and other readers take all of it
 FIXED = ("task", "model", "head", "freeze", "adapter", "optimizer.name", "precision", "seed")  # keys that say what saved tensors mean
-_STEP, _LEFTOVER = re.compile(r"step-(\d+)(\.aside)?"), re.compile(r"step-\d+\.tmp-\d+|\.latest\..*")
+_STEP, _LEFTOVER = re.compile(r"step-(\d+)(\.aside)?"), re.compile(r"step-\d+\.(tmp|gone)-\d+|\.latest\..*")
 
 
 def save(folder: Path, job: Job, progress: Progress, best: Best, *, keep: int, frozen: str) -> Path:
@@ -115,8 +115,8 @@ def _set_aside(step: Path) -> None:
 
 
 def _remove(step: Path) -> None:
-    """Under another name first, so that half of a checkpoint is never taken for one"""
-    leaving = step.with_name(f"{step.name.removesuffix('.aside')}.tmp-{os.getpid()}")
+    """Under another name first: half of a checkpoint is never taken for one"""
+    leaving = step.with_name(f"{step.stem}.gone-{os.getpid()}")
     os.rename(step, leaving)
     shutil.rmtree(leaving)
 
@@ -140,7 +140,7 @@ def find(folder: Path) -> tuple[Path | None, dict[Path, str]]:
     """
     skipped: dict[Path, str] = {}
     steps = _steps(folder)
-    if (named := _latest(folder)) and folder / named not in steps:
+    if (named := _latest(folder)) and named not in {step.stem for step in steps}:
         skipped[folder / named] = f"{LATEST} names it, and it is not there"
     for step in steps:
         wrong = wrong_with(step)

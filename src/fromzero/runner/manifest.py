@@ -49,7 +49,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         listed = dict(values["files"])
     except (ValueError, RecursionError, KeyError, TypeError):
         raise ValueError(f"{MANIFEST} is no whole manifest ({len(text)} bytes)") from None
-    own = str(values.get("sha256", ""))
+    own = str(values.get("sha256") or "nothing")
     if ("sha256" in values or values.get("format", 1) != 1) and (found := _digest_without(text, own)) != own:
         raise ValueError(f"{MANIFEST} {_changed(found, own)}")
     return {**values, "format": values.get("format", 1), "files": listed}
