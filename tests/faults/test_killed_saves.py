@@ -116,4 +116,5 @@ def test_a_checkpoint_that_is_replaced_stands_aside_until_the_new_one_is_whole(t
         assert code == -9 and step is not None and not skipped
         state = tiny().restore(step).state()
         assert equal(state, old) or equal(state, new)
+    assert checkpoint.tidy(folder, [])
     assert killed >= 7 and [path.name for path in sorted(folder.iterdir())] == ["latest", "step-1"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import threading
@@ -219,14 +220,13 @@ class _Run:
         self.tell(Saved(step, str(path)))
 
     def _not_saved(self, error: OSError) -> UserError:
-        what = f"step {self.progress.step} could not be saved ({error.strerror})"
-        mend = "mend that"
+        what, mend = f"step {self.progress.step} could not be saved ({error.strerror})", "mend that"
         if error.errno in FULL:
             needed, free = checkpoint.bytes_needed(self.job, self.best), free_disk(self.folder)
             what += f": a checkpoint needs {format_bytes(needed)} ({needed:,} bytes), {format_bytes(free)} ({free:,}) are free"
-            mend = "make room, or set save.keep: 1"
-        why = "what was saved before is as it was"
-        return UserError(what, why=why, mend=f"{mend}; fromzero resume {self.folder.name} then goes on from there", file=str(self.folder))
+            mend = "let files be larger (ulimit -f)" if error.errno == errno.EFBIG else "make room, or set save.keep: 1"
+        mend += f"; fromzero resume {self.folder.name} then goes on from there"
+        return UserError(what, why="what was saved before is as it was", mend=mend, file=str(self.folder))
 
     def last_words(self, status: str) -> None:
         """A run that was stopped is saved where it stands, so that it can go on."""
