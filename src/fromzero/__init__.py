@@ -205,6 +205,9 @@ def train(
         recipe = keys
     elif keys:
         raise RecipeError(f"a recipe and keys were both given ({', '.join(keys)})", mend="put them into the recipe, or leave it out")
+    from fromzero.runner.folder import refuse_unwritable
+
+    refuse_unwritable(Path(runs))
     outcome = run(plan(recipe, runs=runs), quiet=quiet)
     given = keys.get("model")
     if hasattr(given, "load_state_dict") and given is not None:
@@ -217,10 +220,11 @@ def train(
 def resume(name: str, *, runs: str | Path = "runs", model: Any = None, data: Any = None, quiet: bool = False) -> Outcome:
     """Go on where a run stopped. Model and data must be given again if they came from Python."""
     from fromzero.runner.execute import execute
-    from fromzero.runner.folder import find_run, refuse_finished
+    from fromzero.runner.folder import find_run, refuse_finished, refuse_unwritable
 
     folder = find_run(Path(runs), name)
     refuse_finished(folder)
+    refuse_unwritable(folder)
     planned, noted = _replan(folder, Path(runs), model, data)
     made = planned.plan
     if made.facts.data.digest != noted.get("facts", {}).get("data", {}).get("digest", ""):
@@ -450,9 +454,20 @@ def _observers(made: Plan, folder: Path, quiet: bool) -> list[Any]:
 
 
 def _close(watching: Sequence[Any], made: Plan, folder: Path) -> None:
-    for observer in watching:
-        observer.close()
+    from contextlib import suppress
+
+    from fromzero.report.events import Warned
+
+    log, *others = watching
+    with suppress(OSError):  # what matters was on the disk when it was said, or that it could not be was said then
+        log.close()
     if "page" in made.recipe.report:
         from fromzero.report.page import write_page
 
-        write_page(folder)
+        try:
+            write_page(folder)
+        except OSError as error:
+            for observer in others:
+                observer(Warned(f"{folder / 'page.html'} could not be written ({error.strerror})", "the run itself is not touched by that"))
+    for observer in others:
+        observer.close()

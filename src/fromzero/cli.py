@@ -185,6 +185,9 @@ def train(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = "runs", 
     """Plan, then train. Ctrl-C and SIGTERM save and stop."""
 
     def work() -> Any:
+        from fromzero.runner.folder import refuse_unwritable
+
+        refuse_unwritable(Path(runs))
         planned = _planned(recipe, overrides, runs)
         for finding in planned.plan.findings:
             if finding.severity == "warning":

@@ -338,6 +338,9 @@ class Save(Section):
         "auto", description="auto: at most once a minute; epoch; or optimizer steps"
     )
     keep: int = Field(2, ge=1, description="how many checkpoints stay")
+    full: Literal["stop", "go_on"] = Field(
+        "stop", description="where the disk has no room for a checkpoint: stop (resume goes on later), or go_on and warn"
+    )
 
 
 class Limits(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import signal
 import threading
@@ -18,21 +19,23 @@ from torch import Tensor, nn
 
 from fromzero.data import Loaded
 from fromzero.devices import give_back_memory, held_memory, keep_freed_memory, peak_memory
-from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError
+from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError, UserError
 from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, StepDone, Warned
+from fromzero.report.summary import format_bytes
 from fromzero.runner import checkpoint, ledger
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.folder import RESULT
 from fromzero.runner.lock import holding
 from fromzero.runner.loop import Best, train
+from fromzero.runner.numbers import refuse_to_save
 from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.progress import Progress
 from fromzero.runner.regions import make_plain
 from fromzero.runner.samples import samples
 from fromzero.runner.saved import write_model
-from fromzero.sources.cache import write_whole
-from fromzero.tuning import frozen_digest
+from fromzero.sources.cache import FULL, free_disk, write_whole
+from fromzero.tuning import frozen_digest, moving_state
 
 SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two checkpoints
 GIVE_BACK_SECONDS = 5.0  # at least between two times that freed memory goes back, for the next step takes it anew
@@ -61,31 +64,26 @@ def execute(
 ) -> Outcome:
     """Train into a folder, from the start or from its newest whole checkpoint.
 
-    raises: Interrupted after saving on Ctrl-C or SIGTERM; NumbersError where the numbers or limits.seconds stop it
+    raises: Interrupted after saving on Ctrl-C or SIGTERM; NumbersError where the numbers or limits.seconds stop it; UserError for a full disk
     """
-
-    def tell(event: Event) -> None:
-        for observer in observers:
-            observer(event)
-
-    with holding(folder), torch.random.fork_rng(devices=[]), _spoken_once(tell), _signals() as stop:
+    tell = _teller(observers, goes_on=plan.recipe.save.full == "go_on")
+    with holding(folder), _full_disk(folder), torch.random.fork_rng(devices=[]), _spoken_once(tell), _signals() as stop:
         torch.set_num_threads(plan.threads)
         if plan.keep_memory:
             keep_freed_memory()
         torch.manual_seed(plan.recipe.seed)
         job = assemble(plan, loaded, place)
         torch.manual_seed(plan.recipe.seed)  # the draws of training do not depend on how the model was built
-        progress, best = Progress(), Best()
+        progress, best, before = Progress(), Best(), frozen_digest(job.model, job.frozen)
         if resume:
-            progress = _go_on(folder, job, best, tell)
+            progress = _go_on(folder, job, best, before, tell)
         tell(_planned(plan, folder))
         tell(Started(folder.name, str(folder), progress.step, time.time()))
-        before = frozen_digest(job.model, job.frozen)
         if plan.prefix:
             begun = time.perf_counter()
             keep_prefix(job, before, tell)
             progress.seconds += time.perf_counter() - begun
-        run = _Run(job, progress, best, folder, tell, stop)
+        run = _Run(job, progress, best, before, folder, tell, stop)
         status, error = run.train()
         if frozen_digest(job.model, job.frozen) != before or not still_the_same(job):
             raise FromzeroError("a frozen layer has changed during training", mend="please report it, with the recipe")
@@ -105,9 +103,13 @@ def execute(
 class _Run:
     """What surrounds the loop: when to save, and what is left at the end."""
 
-    def __init__(self, job: Job, progress: Progress, best: Best, folder: Path, tell: Callable[[Event], None], stop: Stop) -> None:
-        self.job, self.progress, self.best, self.folder, self.tell, self.stop = job, progress, best, folder, tell, stop
-        self.saved_at, self.saved_step = time.monotonic(), progress.step
+    def __init__(
+        self, job: Job, progress: Progress, best: Best, frozen: str, folder: Path, tell: Callable[[Event], None], stop: Stop
+    ) -> None:
+        self.job, self.progress, self.best, self.frozen = job, progress, best, frozen
+        self.folder, self.tell, self.stop = folder, tell, stop
+        self.saved_at, self.saved_step, self.unsaved = time.monotonic(), progress.step, False
+        self.stopped_by: NumbersError | None = None
         self.gave_back_at = 0.0
         self.last: Evaluated | None = None
         self.kept: Evaluated | None = None
@@ -119,21 +121,20 @@ class _Run:
         recipe, plan = self.job.plan.recipe, self.job.plan
         resume = f"fromzero resume {self.folder.name}"
         self.sample()
-        try:
-            for event in train(self.job, self.progress, self.best, self._stopping):
-                self.tell(event)
-                if isinstance(event, StepDone):
-                    self._keep_to_the_plan()
-                    if event.step == self.check_at:
-                        self._warn_of_the_unmoved()
-                if isinstance(event, Evaluated):
-                    if recipe.task == "language" or self.progress.step == plan.steps:
-                        self.sample()
-                    self.last = event
-                    self.kept = event if event.best or recipe.evaluate.keep == "last" or self.kept is None else self.kept
-                self._maybe_save()
-        except NumbersError as error:
-            return "stopped", error
+        for event in self._loop():
+            self.tell(event)
+            if isinstance(event, StepDone):
+                self._keep_to_the_plan()
+                if event.step == self.check_at:
+                    self._warn_of_the_unmoved()
+            if isinstance(event, Evaluated):
+                if recipe.task == "language" or self.progress.step == plan.steps:
+                    self.sample()
+                self.last = event
+                self.kept = event if event.best or recipe.evaluate.keep == "last" or self.kept is None else self.kept
+            self._maybe_save()
+        if self.stopped_by is not None:
+            return "stopped", self.stopped_by
         if self.progress.step < plan.steps and self.stop.reason is not None:
             if self.stop.reason == "seconds":
                 return "stopped", NumbersError(
@@ -146,6 +147,13 @@ class _Run:
                 mend=f"{resume} goes on from there",
             )
         return "done", None
+
+    def _loop(self) -> Iterator[Event]:
+        """The loop's events, until the numbers stop it; what cannot be saved is raised outside and ends the run as it stands."""
+        try:
+            yield from train(self.job, self.progress, self.best, self._stopping)
+        except NumbersError as error:
+            self.stopped_by = error
 
     def _stopping(self) -> bool:
         limit = self.job.plan.recipe.limits.seconds
@@ -192,21 +200,47 @@ class _Run:
         if self.progress.step in (0, self.job.plan.steps):  # in between the loop's own clock counts it
             self.progress.seconds += time.perf_counter() - began
 
-    def save(self) -> None:
-        path = checkpoint.save(self.folder / "checkpoints", self.job, self.progress, self.best, keep=self.job.plan.recipe.save.keep)
-        self.saved_at, self.saved_step = time.monotonic(), self.progress.step
-        self.tell(Saved(self.progress.step, str(path)))
+    def save(self, *, last: bool = False) -> None:
+        """last: nothing is trained after it, so that a full disk is no thing to go on with
+
+        raises: UserError where it cannot be written, NumbersError where it holds what is no finite number
+        """
+        asked, step = self.job.plan.recipe.save, self.progress.step
+        try:
+            path = checkpoint.save(self.folder / "checkpoints", self.job, self.progress, self.best, keep=asked.keep, frozen=self.frozen)
+        except OSError as error:
+            refused = self._not_saved(error)
+            if last or asked.full == "stop" or error.errno not in FULL:
+                raise refused from error
+            if not self.unsaved:  # said once, until one is saved again
+                self.tell(Warned(refused.faults[0].what, "make room: training goes on, and what it learns from here on is not safe"))
+            self.unsaved = True
+            return
+        finally:
+            self.saved_at = time.monotonic()
+        self.saved_step, self.unsaved = step, False
+        self.tell(Saved(step, str(path)))
+
+    def _not_saved(self, error: OSError) -> UserError:
+        what, mend = f"step {self.progress.step} could not be saved ({error.strerror})", "mend that"
+        if error.errno in FULL:
+            needed, free = checkpoint.bytes_needed(self.job, self.best), free_disk(self.folder)
+            what += f": a checkpoint needs {format_bytes(needed)} ({needed:,} bytes), {format_bytes(free)} ({free:,}) are free"
+            mend = "let files be larger (ulimit -f)" if error.errno == errno.EFBIG else "make room, or set save.keep: 1"
+        mend += f"; fromzero resume {self.folder.name} then goes on from there"
+        return UserError(what, why="what was saved before is as it was", mend=mend, file=str(self.folder))
 
     def last_words(self, status: str) -> None:
         """A run that was stopped is saved where it stands, so that it can go on."""
         if status != "done" and self.progress.step and self.progress.step != self.saved_step:
-            self.save()
+            self.save(last=True)
 
     def finish(self, status: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Write the model, the result, and the row of the ledger."""
         last = {name: tensor.detach() for name, tensor in self.job.model.state_dict().items()}
         kept = last if self.best.weights is None else {**last, **self.best.weights}
         older = self.best.weights is not None and self.progress.best_step != self.progress.step
+        refuse_to_save({name: kept[name] for name in moving_state(self.job.model, self.job.frozen)}, self.job.model, self.progress.step)
         write_model(self.folder / "model", replace(self.job.saved, folder=self.folder / "model"), kept, last if older else None)
         if self.samples:
             write_whole(
@@ -254,10 +288,10 @@ def _planned(plan: Plan, folder: Path) -> Planned:
     )
 
 
-def _go_on(folder: Path, job: Job, best: Best, tell: Callable[[Event], None]) -> Progress:
-    step, skipped = checkpoint.find(folder / "checkpoints")
-    for what in skipped:
-        tell(Warned(what))
+def _go_on(folder: Path, job: Job, best: Best, frozen: str, tell: Callable[[Event], None]) -> Progress:
+    """From the newest whole checkpoint; never from the start, which only a person can ask for"""
+    step, damaged = checkpoint.find(folder / "checkpoints")
+    skipped = [f"{path.name} was skipped: {wrong}" for path, wrong in damaged.items()]
     if step is None:
         raise SourceError(
             "has no whole checkpoint to go on from",
@@ -265,7 +299,47 @@ def _go_on(folder: Path, job: Job, best: Best, tell: Callable[[Event], None]) ->
             mend="fromzero train its recipe.yaml starts anew",
             file=str(folder),
         )
-    return checkpoint.restore(step, job, best)
+    progress = checkpoint.restore(step, job, best, frozen=frozen)
+    for what in (*skipped, *checkpoint.tidy(folder / "checkpoints", damaged)):
+        tell(Warned(what, f"training goes on from {step.name}"))
+    return progress
+
+
+def _teller(observers: Sequence[Callable[[Event], None]], *, goes_on: bool) -> Callable[[Event], None]:
+    """goes_on: an observer that has no room to write is left out, and the others hear of it; else that ends the run"""
+    listening = list(observers)
+
+    def tell(event: Event) -> None:
+        for observer in tuple(listening):
+            try:
+                observer(event)
+            except OSError as error:
+                if not goes_on or error.errno not in FULL:
+                    raise
+                listening.remove(observer)
+                tell(
+                    Warned(
+                        f"{type(observer).__name__} writes no more: {error.strerror}", "training goes on without what it would have written"
+                    )
+                )
+
+    return tell
+
+
+@contextmanager
+def _full_disk(folder: Path) -> Iterator[None]:
+    """A disk that is full, whatever was being written, is one message that says how to go on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise UserError(
+            f"could not be written ({error.strerror}); {format_bytes(free_disk(folder))} are free",
+            why="what was saved before is as it was",
+            mend=f"make room; fromzero resume {folder.name} then goes on from there",
+            file=str(error.filename or folder),
+        ) from error
 
 
 @contextmanager

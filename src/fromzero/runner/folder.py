@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -16,24 +18,32 @@ from fromzero.recipe.read import write
 from fromzero.sources.cache import write_whole
 
 RESULT = "result.json"
+_ELSEWHERE = "make it writable, or name another folder with --runs"
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """raises: UserError where nothing can be written into a folder, or it cannot be made; asked before any work, nothing is left behind"""
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+    if not there.is_dir():
+        raise UserError("is no folder that runs can be written to", why=f"{there} is a file", mend=_ELSEWHERE, file=str(folder))
+    if not os.access(there, os.W_OK | os.X_OK):
+        said = os.strerror(errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES)
+        raise UserError(f"no run can be written there ({said}: {there})", mend=_ELSEWHERE, file=str(folder))
 
 
 def new_folder(runs: Path, name: str) -> Path:
     """`runs/name`, or `name-2`, `name-3` … where that is taken; two runs at once never get the same one."""
+    refuse_unwritable(runs)
     for number in range(1, 10_000):
         folder = runs / (name if number == 1 else f"{name}-{number}")
         try:
             folder.mkdir(parents=True)
         except FileExistsError:
-            if runs.exists() and not runs.is_dir():
-                break
             continue
         except OSError as error:
-            raise UserError(
-                f"no run can be written there ({error.strerror})", file=str(folder), mend="name another folder with --runs"
-            ) from None
+            raise UserError(f"no run can be written there ({error.strerror})", mend=_ELSEWHERE, file=str(folder)) from None
         return folder
-    raise UserError("is no folder that runs can be written to", file=str(runs), mend="name another one with --runs")
+    raise UserError(f"holds 9,999 runs named {name}", mend="give the recipe another name", file=str(runs), key="name")
 
 
 def describe(folder: Path, plan: Plan, folders: Sequence[Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,6 +40,25 @@ def refuse_what_is_no_number(total: float, count: float, norm: Tensor, job: Job,
         why="; ".join(part for part in (where, examples, f"the weights are those of step {progress.step}") if part),
         mend=f"try optimizer.lr={job.plan.recipe.optimizer.lr / 10:g}, or clip=1, and look at these examples",
     )
+
+
+def refuse_to_save(tensors: Mapping[str, Tensor], model: nn.Module, step: int) -> None:
+    """What is no finite number is not written. A buffer may hold infinity, as masks do, but no NaN.
+
+    raises: NumbersError naming the first such tensor
+    """
+    masks = {name for name, _ in model.named_buffers()}
+    for name, tensor in tensors.items():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        ends = torch.stack(tensor.aminmax())  # one pass, no copy; both are NaN where one value is
+        if bool(ends.isnan().any()) or not (bool(ends.isfinite().all()) or name in masks):
+            wrong = int((~tensor.isfinite()).sum())
+            raise NumbersError(
+                f"step {step} is not saved: {wrong} of {tensor.numel()} values of {name} are NaN or infinite",
+                why="nothing could go on from it; what was saved before is as it was",
+                mend="try a smaller optimizer.lr, or clip=1",
+            )
 
 
 @torch.no_grad()

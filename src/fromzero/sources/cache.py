@@ -17,6 +17,8 @@ try:
 except ImportError:  # not on this platform: two downloads at once are then both made, and the last one stays
     fcntl = None  # type: ignore[assignment]
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says where there is no room: on the disk, of a quota, for a file
+
 
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/fromzero`, or `~/.cache/fromzero`."""
@@ -77,7 +79,7 @@ def write_whole(path: Path, data: bytes) -> None:
 
 @contextmanager
 def writing_whole(path: Path) -> Iterator[BinaryIO]:
-    """The same for what comes bit by bit; an error leaves nothing."""
+    """The same for what comes bit by bit; an error leaves nothing.  raises: OSError with the name of the file"""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -87,9 +89,21 @@ def writing_whole(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), 0o666 & ~_umask())
         os.replace(temporary, path)
-    except BaseException:
+        sync_folder(path.parent)
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno is not None:
+            error.filename = str(path)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Have what was renamed in a folder on the disk, and not only in memory."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextmanager
