@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fromzero.report.jsonlines import read_events
+from fromzero.report.jsonlines import EVENTS, read_events
 from fromzero.report.summary import NOTHING, finite, format_count, format_number, format_seconds, history, metric_names
 
 MOST_POINTS = 500  # of one curve
@@ -38,7 +38,7 @@ def write_page(folder: Path | str) -> Path:
     raises: DataError if the events are missing or broken
     """
     folder = Path(folder)
-    events = history(read_events(folder / "events.jsonl"))
+    events = history(read_events(folder / EVENTS))
     recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
     page = folder / "page.html"
