@@ -426,9 +426,9 @@ def fetch(source: str) -> Path:
 
 
 def _observers(made: Plan, folder: Path, quiet: bool) -> list[Any]:
-    from fromzero.report.jsonlines import JsonLines
+    from fromzero.report.jsonlines import EVENTS, JsonLines
 
-    watching: list[Any] = [JsonLines(folder / "events.jsonl")]
+    watching: list[Any] = [JsonLines(folder / EVENTS)]
     if "console" in made.recipe.report and not quiet:
         from fromzero.report.console import Console
 

@@ -20,12 +20,13 @@ from fromzero.data import Loaded
 from fromzero.devices import give_back_memory, held_memory, keep_freed_memory, peak_memory
 from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError
 from fromzero.planner.values import Plan
-from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, StepDone, Warned
+from fromzero.report.events import Evaluated, Event, Finished, Planned, Saved, Saving, Started, StepDone, Warned
+from fromzero.report.jsonlines import EVENTS, roll_back
 from fromzero.runner import checkpoint, ledger
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.folder import RESULT
 from fromzero.runner.lock import holding
-from fromzero.runner.loop import Best, train
+from fromzero.runner.loop import Best, is_evaluated, is_over, train
 from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.progress import Progress
 from fromzero.runner.samples import samples
@@ -60,6 +61,7 @@ def execute(
 ) -> Outcome:
     """Train into a folder, from the start or from its newest whole checkpoint.
 
+    resume: the folder's run was broken off; where that was before its first checkpoint, it begins anew
     raises: Interrupted after saving on Ctrl-C or SIGTERM; NumbersError where the numbers or limits.seconds stop it
     """
 
@@ -71,20 +73,20 @@ def execute(
         torch.set_num_threads(plan.threads)
         if plan.keep_memory:
             keep_freed_memory()
+        newest = _newest(folder, tell) if resume else None
         torch.manual_seed(plan.recipe.seed)
         job = assemble(plan, loaded, place)
         torch.manual_seed(plan.recipe.seed)  # the draws of training do not depend on how the model was built
-        progress, best = Progress(), Best()
-        if resume:
-            progress = _go_on(folder, job, best, tell)
+        run = _Run(job, folder, tell, stop)
+        if newest is not None:
+            run.go_on_from(newest)
         tell(_planned(plan, folder))
-        tell(Started(folder.name, str(folder), progress.step, time.time()))
+        tell(Started(folder.name, str(folder), run.progress.step, time.time()))
         before = frozen_digest(job.model, job.frozen)
         if plan.prefix:
             begun = time.perf_counter()
-            keep_prefix(job, before, tell)
-            progress.seconds += time.perf_counter() - begun
-        run = _Run(job, progress, best, folder, tell, stop)
+            keep_prefix(job, before, tell, run.heed)
+            run.progress.seconds += time.perf_counter() - begun
         status, error = run.train()
         if frozen_digest(job.model, job.frozen) != before or not still_the_same(job):
             raise FromzeroError("a frozen layer has changed during training", mend="please report it, with the recipe")
@@ -93,7 +95,6 @@ def execute(
             job.optimizer.zero_grad()
             job.optimizer.state.clear()
         result, kept = run.finish(status)
-        tell(Finished(status, progress.step, progress.seconds, result))
     if error is not None:
         raise error
     job.model.load_state_dict(kept)
@@ -101,53 +102,59 @@ def execute(
 
 
 class _Run:
-    """What surrounds the loop: when to save, and what is left at the end."""
+    """What surrounds the loop: when to save, and what is left at the end. It is made before weights are put back, for it notes the first ones."""
 
-    def __init__(self, job: Job, progress: Progress, best: Best, folder: Path, tell: Callable[[Event], None], stop: Stop) -> None:
-        self.job, self.progress, self.best, self.folder, self.tell, self.stop = job, progress, best, folder, tell, stop
-        self.saved_at, self.saved_step = time.monotonic(), progress.step
+    def __init__(self, job: Job, folder: Path, tell: Callable[[Event], None], stop: Stop) -> None:
+        self.job, self.folder, self.tell, self.stop = job, folder, tell, stop
+        self.progress, self.best = Progress(), Best()
+        self.saved_at, self.saved_step = time.monotonic(), 0
         self.gave_back_at = 0.0
-        self.last: Evaluated | None = None
-        self.kept: Evaluated | None = None
-        self.samples: list[Sampled] = []
         self.first = {name: _bits(p) for name, p in job.model.named_parameters() if p.requires_grad}
-        self.check_at = min(progress.step + MOVED_AFTER, job.plan.steps)
+
+    def go_on_from(self, newest: Path) -> None:
+        self.progress = checkpoint.restore(newest, self.job, self.best)
+        self.saved_step = self.progress.step
+
+    def heed(self) -> None:
+        """raises: Interrupted where a signal has come, for while nothing new has been done"""
+        if self.stop.reason is not None:
+            raise self._interrupted(f"before step {self.progress.step + 1}", "nothing new was to be saved")
+
+    def _interrupted(self, when: str, saved: str) -> Interrupted:
+        assert isinstance(self.stop.reason, int)
+        mend = f"fromzero resume {self.folder.name} goes on from there"
+        return Interrupted(f"stopped {when} of {self.job.plan.steps}, {saved}", code=128 + self.stop.reason, mend=mend)
 
     def train(self) -> tuple[str, FromzeroError | None]:
         recipe, plan = self.job.plan.recipe, self.job.plan
-        resume = f"fromzero resume {self.folder.name}"
-        self.sample()
+        if self.progress.step == 0:
+            self.sample()
+        self.heed()
         try:
             for event in train(self.job, self.progress, self.best, self._stopping):
                 self.tell(event)
                 if isinstance(event, StepDone):
                     self._keep_to_the_plan()
-                    if event.step == self.check_at:
+                    if event.step == min(MOVED_AFTER, plan.steps):
                         self._warn_of_the_unmoved()
-                if isinstance(event, Evaluated):
-                    if recipe.task == "language" or self.progress.step == plan.steps:
-                        self.sample()
-                    self.last = event
-                    self.kept = event if event.best or recipe.evaluate.keep == "last" or self.kept is None else self.kept
-                self._maybe_save()
+                elif isinstance(event, Evaluated) and (recipe.task == "language" or self.progress.step == plan.steps):
+                    self.sample()
+                if isinstance(event, Evaluated) or (isinstance(event, StepDone) and not is_evaluated(plan, event.step)):
+                    self._maybe_save()  # only now: a checkpoint holds all that belongs to its step
         except NumbersError as error:
             return "stopped", error
-        if self.progress.step < plan.steps and self.stop.reason is not None:
-            if self.stop.reason == "seconds":
-                return "stopped", NumbersError(
-                    f"limits.seconds: {recipe.limits.seconds:g} seconds are over after step {self.progress.step} of {plan.steps}",
-                    mend=f"{resume} goes on",
-                )
-            return "interrupted", Interrupted(
-                f"stopped after step {self.progress.step} of {plan.steps}, saved",
-                code=128 + int(self.stop.reason),
-                mend=f"{resume} goes on from there",
+        if is_over(plan, self.progress):
+            return "done", None
+        if self.stop.reason == "seconds":
+            return "stopped", NumbersError(
+                f"limits.seconds: {recipe.limits.seconds:g} seconds are over after step {self.progress.step} of {plan.steps}",
+                mend=f"fromzero resume {self.folder.name} goes on",
             )
-        return "done", None
+        return "interrupted", self._interrupted(f"after step {self.progress.step}", "saved")
 
     def _stopping(self) -> bool:
         limit = self.job.plan.recipe.limits.seconds
-        if limit is not None and self.progress.seconds > limit:
+        if self.stop.reason is None and limit is not None and self.progress.seconds > limit:
             self.stop.reason = "seconds"
         return self.stop.reason is not None
 
@@ -185,12 +192,13 @@ class _Run:
     def sample(self) -> None:
         began = time.perf_counter()
         for event in samples(self.job, self.progress.step):
-            self.samples.append(event)
+            self.progress.sampled.append(asdict(event))
             self.tell(event)
         if self.progress.step in (0, self.job.plan.steps):  # in between the loop's own clock counts it
             self.progress.seconds += time.perf_counter() - began
 
     def save(self) -> None:
+        self.tell(Saving(self.progress.step))
         path = checkpoint.save(self.folder / "checkpoints", self.job, self.progress, self.best, keep=self.job.plan.recipe.save.keep)
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
         self.tell(Saved(self.progress.step, str(path)))
@@ -201,25 +209,24 @@ class _Run:
             self.save()
 
     def finish(self, status: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Write the model, the result, and the row of the ledger."""
+        """Write the model, the row of the ledger, and last the result: a run whose result says done is never gone on with."""
         last = {name: tensor.detach() for name, tensor in self.job.model.state_dict().items()}
         kept = last if self.best.weights is None else {**last, **self.best.weights}
         older = self.best.weights is not None and self.progress.best_step != self.progress.step
         write_model(self.folder / "model", replace(self.job.saved, folder=self.folder / "model"), kept, last if older else None)
-        if self.samples:
-            write_whole(
-                self.folder / SAMPLES, json.dumps([asdict(sample) for sample in self.samples], indent=1, ensure_ascii=False).encode()
-            )
+        if self.progress.sampled:
+            write_whole(self.folder / SAMPLES, json.dumps(self.progress.sampled, indent=1, ensure_ascii=False).encode())
         result = self._result(status)
-        write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
         if (warned := ledger.enter(self.folder, self.job.plan, result)) is not None:
             self.tell(warned)
+        self.tell(Finished(status, self.progress.step, self.progress.seconds, result))
+        write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
         return result, kept
 
     def _result(self, status: str) -> dict[str, Any]:
-        plan, progress, kept = self.job.plan, self.progress, self.kept
+        plan, progress, kept = self.job.plan, self.progress, self.progress.kept
         seconds, text = max(progress.seconds, 1e-9), plan.facts.data.text
-        validated = {"loss": kept.loss, **kept.metrics} if kept is not None and self.job.validation is not None else {}
+        validated = {"loss": kept["loss"], **kept["metrics"]} if kept is not None else {}
         return {
             "run": self.folder.name,
             "status": status,
@@ -235,7 +242,7 @@ class _Run:
             "predicted": {"seconds": plan.predicted_seconds, "peak_memory_bytes": plan.predicted_peak_bytes},
             "train": {"loss": progress.train_loss if progress.loss_count == 0 else progress.loss_sum / progress.loss_count},
             "validation": validated,
-            "kept_step": kept.step if kept is not None else progress.step,
+            "kept_step": kept["step"] if kept is not None else progress.step,
             "grade": plan.grade,
         }
 
@@ -252,18 +259,23 @@ def _planned(plan: Plan, folder: Path) -> Planned:
     )
 
 
-def _go_on(folder: Path, job: Job, best: Best, tell: Callable[[Event], None]) -> Progress:
+def _newest(folder: Path, tell: Callable[[Event], None]) -> Path | None:
+    """The newest whole checkpoint, with the log rolled back to it; None where the run was broken off before its first.
+
+    raises: SourceError where there are some and none is whole
+    """
     step, skipped = checkpoint.find(folder / "checkpoints")
-    for what in skipped:
-        tell(Warned(what))
-    if step is None:
+    if step is None and any(path.suffix == "" for path in (folder / "checkpoints").glob("step-*")):
         raise SourceError(
             "has no whole checkpoint to go on from",
             why="; ".join(skipped),
             mend="fromzero train its recipe.yaml starts anew",
             file=str(folder),
         )
-    return checkpoint.restore(step, job, best)
+    roll_back(folder / EVENTS, -1 if step is None else int(step.name.removeprefix("step-")))
+    for what in skipped:
+        tell(Warned(what))
+    return step
 
 
 @contextmanager
@@ -289,16 +301,19 @@ def _signals() -> Iterator[Stop]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in (signal.SIGINT, signal.SIGTERM)}
 
     def ask(number: int, _: Any) -> None:
         stop.reason = number
-        signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
+        put_back()  # both: whichever comes next ends at once
+
+    def put_back() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
     for number in before:
         signal.signal(number, ask)
     try:
         yield stop
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        put_back()
