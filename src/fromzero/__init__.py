@@ -184,7 +184,7 @@ def run(planned: Planned, *, observers: Sequence[Callable[[Event], None]] = (), 
     try:
         return execute(made, planned.loaded, planned.place, folder, [*watching, *observers])
     finally:
-        _close(watching, made, folder)
+        _close(watching)
 
 
 def train(
@@ -214,8 +214,19 @@ def train(
     return outcome
 
 
-def resume(name: str, *, runs: str | Path = "runs", model: Any = None, data: Any = None, quiet: bool = False) -> Outcome:
-    """Go on where a run stopped. Model and data must be given again if they came from Python."""
+def resume(
+    name: str,
+    *,
+    runs: str | Path = "runs",
+    model: Any = None,
+    data: Any = None,
+    observers: Sequence[Callable[[Event], None]] = (),
+    quiet: bool = False,
+) -> Outcome:
+    """Go on where a run stopped, to the bits that it would have ended in. Model and data must be given again if they came from Python.
+
+    observers:  as in run
+    """
     from fromzero.runner.execute import execute
     from fromzero.runner.folder import find_run, refuse_finished
 
@@ -232,9 +243,9 @@ def resume(name: str, *, runs: str | Path = "runs", model: Any = None, data: Any
         )
     watching = _observers(made, folder, quiet)
     try:
-        return execute(made, planned.loaded, planned.place, folder, watching, resume=True)
+        return execute(made, planned.loaded, planned.place, folder, [*watching, *observers], resume=True)
     finally:
-        _close(watching, made, folder)
+        _close(watching)
 
 
 def _replan(folder: Path, runs: Path, model: Any, data: Any) -> tuple[Planned, dict[str, Any]]:
@@ -437,13 +448,13 @@ def _observers(made: Plan, folder: Path, quiet: bool) -> list[Any]:
         from fromzero.report.tensorboard import TensorBoard
 
         watching.append(TensorBoard(folder / "tensorboard"))
+    if "page" in made.recipe.report:
+        from fromzero.report.page import Page
+
+        watching.append(Page(folder))  # last: it reads what JsonLines has written when that is closed
     return watching
 
 
-def _close(watching: Sequence[Any], made: Plan, folder: Path) -> None:
+def _close(watching: Sequence[Any]) -> None:
     for observer in watching:
         observer.close()
-    if "page" in made.recipe.report:
-        from fromzero.report.page import write_page
-
-        write_page(folder)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fromzero.report.events import Event
 from fromzero.report.jsonlines import EVENTS, read_events
 from fromzero.report.summary import NOTHING, finite, format_count, format_number, format_seconds, history, metric_names
 
@@ -30,6 +31,20 @@ class _Curve:
     name: str
     points: list[Point]
     style: str = "a"
+
+
+class Page:
+    """An observer that writes the page when it is closed, if it heard anything: else the folder is another process's."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._heard = folder, False
+
+    def __call__(self, event: Event) -> None:
+        self._heard = True
+
+    def close(self) -> None:
+        if self._heard:
+            write_page(self._folder)
 
 
 def write_page(folder: Path | str) -> Path:

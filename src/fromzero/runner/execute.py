@@ -24,7 +24,7 @@ from fromzero.report.events import Evaluated, Event, Finished, Planned, Saved, S
 from fromzero.report.jsonlines import EVENTS, roll_back
 from fromzero.runner import checkpoint, ledger
 from fromzero.runner.assemble import Job, Place, assemble
-from fromzero.runner.folder import RESULT
+from fromzero.runner.folder import RESULT, refuse_finished
 from fromzero.runner.lock import holding
 from fromzero.runner.loop import Best, is_evaluated, is_over, train
 from fromzero.runner.prefix import keep_prefix, still_the_same
@@ -262,8 +262,9 @@ def _planned(plan: Plan, folder: Path) -> Planned:
 def _newest(folder: Path, tell: Callable[[Event], None]) -> Path | None:
     """The newest whole checkpoint, with the log rolled back to it; None where the run was broken off before its first.
 
-    raises: SourceError where there are some and none is whole
+    raises: UserError where the run has come to its end; SourceError where there are checkpoints and none is whole
     """
+    refuse_finished(folder)  # once more, now that the folder is held: another process may have come to the end
     step, skipped = checkpoint.find(folder / "checkpoints")
     if step is None and any(path.suffix == "" for path in (folder / "checkpoints").glob("step-*")):
         raise SourceError(
