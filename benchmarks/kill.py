@@ -77,13 +77,9 @@ def differences(ours: Path, theirs: Path) -> list[str]:
 
 
 def _files(ours: Path, theirs: Path) -> Iterator[tuple[str, bytes | None, bytes | None]]:
-    """Name and bytes on both sides of what holds no times; None where it is missing"""
-    names = {
-        path.relative_to(folder)
-        for folder in (ours, theirs)
-        for path in (*folder.glob("model/*"), *folder.glob("checkpoints/step-*/*.safetensors"), folder / "samples.json")
-        if ".tmp" not in path.parent.name and path.is_file()
-    }
+    """Name and bytes on both sides of what holds no times; None where it is missing. A kill may leave one old checkpoint more."""
+    names = {path.relative_to(folder) for folder in (ours, theirs) for path in (*folder.glob("model/*"), *folder.glob("samples.json"))}
+    names |= {path.relative_to(theirs) for path in theirs.glob("checkpoints/step-*/*.safetensors")}
     for name in sorted(names):
         one, other = (path.read_bytes() if path.is_file() else None for path in (ours / name, theirs / name))
         yield str(name), one, other
