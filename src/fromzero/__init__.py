@@ -184,7 +184,7 @@ def run(planned: Planned, *, observers: Sequence[Callable[[Event], None]] = (), 
     try:
         return execute(made, planned.loaded, planned.place, folder, [*watching, *observers])
     finally:
-        _close(watching, made, folder)
+        _close(watching)
 
 
 def train(
@@ -217,8 +217,19 @@ def train(
     return outcome
 
 
-def resume(name: str, *, runs: str | Path = "runs", model: Any = None, data: Any = None, quiet: bool = False) -> Outcome:
-    """Go on where a run stopped. Model and data must be given again if they came from Python."""
+def resume(
+    name: str,
+    *,
+    runs: str | Path = "runs",
+    model: Any = None,
+    data: Any = None,
+    observers: Sequence[Callable[[Event], None]] = (),
+    quiet: bool = False,
+) -> Outcome:
+    """Go on where a run stopped, to the bits that it would have ended in. Model and data must be given again if they came from Python.
+
+    observers:  as in run
+    """
     from fromzero.runner.execute import execute
     from fromzero.runner.folder import find_run, refuse_finished, refuse_unwritable
 
@@ -236,9 +247,9 @@ def resume(name: str, *, runs: str | Path = "runs", model: Any = None, data: Any
         )
     watching = _observers(made, folder, quiet)
     try:
-        return execute(made, planned.loaded, planned.place, folder, watching, resume=True)
+        return execute(made, planned.loaded, planned.place, folder, [*watching, *observers], resume=True)
     finally:
-        _close(watching, made, folder)
+        _close(watching)
 
 
 def _replan(folder: Path, runs: Path, model: Any, data: Any) -> tuple[Planned, dict[str, Any]]:
@@ -439,9 +450,9 @@ def fetch(source: str) -> Path:
 
 
 def _observers(made: Plan, folder: Path, quiet: bool) -> list[Any]:
-    from fromzero.report.jsonlines import JsonLines
+    from fromzero.report.jsonlines import EVENTS, JsonLines
 
-    watching: list[Any] = [JsonLines(folder / "events.jsonl")]
+    watching: list[Any] = [JsonLines(folder / EVENTS)]
     if "console" in made.recipe.report and not quiet:
         from fromzero.report.console import Console
 
@@ -450,24 +461,14 @@ def _observers(made: Plan, folder: Path, quiet: bool) -> list[Any]:
         from fromzero.report.tensorboard import TensorBoard
 
         watching.append(TensorBoard(folder / "tensorboard"))
+    if "page" in made.recipe.report:
+        from fromzero.report.page import Page
+
+        watching.append(Page(folder))  # last: it reads what JsonLines has written when that is closed
     return watching
 
 
-def _close(watching: Sequence[Any], made: Plan, folder: Path) -> None:
-    from contextlib import suppress
+def _close(watching: Sequence[Any]) -> None:
+    from fromzero.runner.around import close_all
 
-    from fromzero.report.events import Warned
-
-    log, *others = watching
-    with suppress(OSError):  # what matters was on the disk when it was said, or that it could not be was said then
-        log.close()
-    if "page" in made.recipe.report:
-        from fromzero.report.page import write_page
-
-        try:
-            write_page(folder)
-        except OSError as error:
-            for observer in others:
-                observer(Warned(f"{folder / 'page.html'} could not be written ({error.strerror})", "the run itself is not touched by that"))
-    for observer in others:
-        observer.close()
+    close_all(watching)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -54,9 +55,9 @@ def _answer(work: Callable[[], Any], as_json: bool, debug: bool, text: Callable[
         _fail(error, as_json, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed it; that is no error
-    except KeyboardInterrupt:
-        print("interrupted; nothing was being saved", file=sys.stderr)
-        raise SystemExit(130) from None
+    except (KeyboardInterrupt, _Terminated) as asked:
+        print("interrupted; what was saved before is whole", file=sys.stderr)
+        raise SystemExit(143 if isinstance(asked, _Terminated) else 130) from None
     except MemoryError:
         _fail(UserError("this machine's memory is full", mend="set limits.memory or a smaller batch"), as_json, debug)
     except OSError as error:
@@ -69,6 +70,14 @@ def _answer(work: Callable[[], Any], as_json: bool, debug: bool, text: Callable[
         traceback.print_exc()
         print("this is a bug in fromzero: please report it with the lines above, the recipe and `fromzero --version`", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+class _Terminated(BaseException):
+    """SIGTERM, which ends as Ctrl-C does: what is open is closed."""
+
+
+def _terminate(*_: Any) -> None:
+    raise _Terminated
 
 
 class _Both(tuple[Any, Any]):
@@ -243,7 +252,7 @@ def list_runs(
     """List the runs with their last metrics, or show the curves of one."""
 
     def work() -> Any:
-        from fromzero.report.jsonlines import read_events
+        from fromzero.report.jsonlines import EVENTS, read_events
         from fromzero.report.summary import curve_table, predictions_table, runs_table
         from fromzero.runner.folder import find_run
 
@@ -256,7 +265,7 @@ def list_runs(
         if run is None:
             rows = fz.runs(runs)
             return _Both((runs_table(rows) if rows else f"no runs in {runs}; fromzero train RECIPE makes one", rows))
-        events = read_events(find_run(Path(runs), run) / "events.jsonl")
+        events = read_events(find_run(Path(runs), run) / EVENTS)
         return _Both((curve_table(events), events))
 
     _answer(work, as_json, debug, str)
@@ -434,6 +443,7 @@ def fetch(
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, _terminate)
     app()
 
 

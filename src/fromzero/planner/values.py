@@ -117,13 +117,21 @@ class Facts:
         return replace(self, record=record)
 
     def with_noted(self, values: dict[str, Any]) -> Facts:
-        """With what an earlier plan measured, what it knew of earlier runs and the memory that it went by, as the JSON of its facts.
+        """With what an earlier plan measured, what it knew of earlier runs, and the memory, disk and threads that it went by (no more than
+        there are now), as the JSON of its facts.
 
         raises: ValueError, KeyError
         """
         measured = TypeAdapter(Measured | None).validate_python(values["measured"])
         record = TypeAdapter(Record | None).validate_python(values["record"])
-        machine = replace(self.machine, memory_bytes=int(values["machine"]["memory_bytes"]))
+        then, now = values["machine"], self.machine
+        machine = replace(
+            now,
+            threads=min(int(then["threads"]), now.threads),
+            memory_bytes=int(then["memory_bytes"]),
+            host_bytes=int(then["host_bytes"]),
+            disk_bytes=int(then["disk_bytes"]),
+        )
         return replace(self, machine=machine, held_bytes=int(values["held_bytes"]), measured=measured, record=record)
 
 

@@ -71,6 +71,13 @@ class Sampled:
 
 
 @dataclass(frozen=True)
+class Saving:
+    """A checkpoint comes next: what was said up to here must last as long as it does. It is no line of a log."""
+
+    step: int
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint is whole on the disk."""
 
@@ -96,7 +103,11 @@ class Finished:
     result: dict[str, Any] = field(default_factory=dict)
 
 
-Event = Planned | Started | Kept | StepDone | Evaluated | Sampled | Saved | Warned | Finished
+Event = Planned | Started | Kept | StepDone | Evaluated | Sampled | Saving | Saved | Warned | Finished
+
+# What belongs to a step of the run: said once in a log, however often the run was broken off and went on. A log differs from that of an
+# unbroken run in the times of these, and in all others, which tell of one process that trained.
+OF_A_STEP = ("StepDone", "Evaluated", "Sampled")
 
 
 def as_json(event: Event) -> dict[str, Any]:

@@ -4,37 +4,70 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 from fromzero.errors import DataError, Fault
-from fromzero.report.events import Event, Planned, Started, StepDone, as_json
+from fromzero.report.events import OF_A_STEP, Event, Planned, Saving, Started, StepDone, as_json
 
+EVENTS = "events.jsonl"  # of a run's folder
 MOST_FAULTS = 20  # shown; the rest is counted
 _STRICT = json.JSONEncoder(allow_nan=False)  # kept: json.dumps would build one for every line
 _BUFFER_BYTES = 1 << 16  # steps wait here; everything that matters after a crash is flushed at once
 
 
 class JsonLines:
-    """An observer that appends to a file. It flushes at every event that is rarer than a step.
+    """An observer that appends to a file. It flushes at every event that is rarer than a step, and syncs before a checkpoint.
 
-    A line that a killed run left half-written is taken off first: a new line behind it would make both unreadable.
+    A line that a killed run left half-written is taken off at the first event, for a new line behind it would make both unreadable;
+    not earlier, for until a run speaks the file may be another process's.
     """
 
     def __init__(self, path: Path | str) -> None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        _mend_tail(path)
+        self._path, self._mended = path, False
         self._file = path.open("a", encoding="utf-8", newline="\n", buffering=_BUFFER_BYTES)
 
     def __call__(self, event: Event) -> None:
+        if not self._mended:
+            _mend_tail(self._path)
+            self._mended = True
+        if isinstance(event, Saving):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            return
         self._file.write(_line({**as_json(event), "at": time.time()}))
         if not isinstance(event, StepDone | Planned | Started):
             self._file.flush()
 
     def close(self) -> None:
         self._file.close()
+
+
+def roll_back(path: Path | str, step: int) -> None:
+    """Take off what was said since this step: those steps are taken again, and an end that left no result is no end.
+
+    It is cut in place, so that at every moment the file is a beginning of itself.
+    """
+    path, kept = Path(path), 0
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            event = _parse(line) or {}
+            if (event.get("event") in OF_A_STEP and event.get("step", 0) > step) or event.get("status") == "done":
+                break
+            kept += len(line)
+    os.truncate(path, kept)
+
+
+def has_saved(path: Path | str) -> bool:
+    """Whether a run ever said that a checkpoint was whole."""
+    path = Path(path)
+    return path.is_file() and any((_parse(line) or {}).get("event") == "Saved" for line in path.read_bytes().splitlines())
 
 
 def read_events(path: Path | str) -> list[dict[str, Any]]:

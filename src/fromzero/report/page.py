@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fromzero.report.jsonlines import read_events
+from fromzero.report.events import Event
+from fromzero.report.jsonlines import EVENTS, read_events
 from fromzero.report.summary import NOTHING, finite, format_count, format_number, format_seconds, history, metric_names
 
 MOST_POINTS = 500  # of one curve
@@ -32,13 +33,31 @@ class _Curve:
     style: str = "a"
 
 
+class Page:
+    """An observer that writes the page when it is closed, if it heard anything: else the folder is another process's."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._heard = folder, False
+
+    def __call__(self, event: Event) -> None:
+        self._heard = True
+
+    def close(self) -> None:
+        """raises: OSError that names the page"""
+        if self._heard:
+            try:
+                write_page(self._folder)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(self._folder / "page.html")) from error
+
+
 def write_page(folder: Path | str) -> Path:
     """Write page.html from events.jsonl, and recipe.yaml where there is one; returns its path.
 
     raises: DataError if the events are missing or broken
     """
     folder = Path(folder)
-    events = history(read_events(folder / "events.jsonl"))
+    events = history(read_events(folder / EVENTS))
     recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else ""
     page = folder / "page.html"

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fromzero.errors import MissingExtra
-from fromzero.report.events import Evaluated, Event, Finished, Started, StepDone
+from fromzero.report.events import Evaluated, Event, Finished, Saving, Started, StepDone
 
 STEP_INTERVAL = 0.05  # seconds between two written steps; a record costs 0.1 ms, and TensorBoard shows 1,000 points a curve
 
@@ -33,13 +33,15 @@ class TensorBoard:
             ) from error
         self._events: Any = event_pb2
         self._summaries: Any = summary_pb2
-        self._writer: Any = EventFileWriter(str(folder))
+        self._open: Callable[[], Any] = lambda: EventFileWriter(str(folder))
+        self._writer: Any = None  # until the run speaks: the folder may be another process's
         self._closed = False
         self._clock = clock
         self._next_step = -math.inf
         self._waiting: StepDone | None = None
 
     def __call__(self, event: Event) -> None:
+        self._writer = self._writer or self._open()
         if type(event) is StepDone:
             self._waiting = event
             if (now := self._clock()) >= self._next_step:
@@ -54,12 +56,12 @@ class TensorBoard:
             # Every session after the first makes TensorBoard forget what earlier ones wrote from its step on.
             start = self._events.SessionLog(status=self._events.SessionLog.START)
             self._writer.add_event(self._events.Event(wall_time=time.time(), step=event.step + 1, session_log=start))
-        elif isinstance(event, Finished):
+        elif isinstance(event, Saving | Finished):
             self._step()
             self._writer.flush()
 
     def close(self) -> None:
-        if not self._closed:
+        if self._writer is not None and not self._closed:
             self._closed = True
             self._step()
             self._writer.close()

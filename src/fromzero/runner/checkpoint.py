@@ -101,6 +101,11 @@ def _origin(job: Job, frozen: str) -> dict[str, Any]:
     return {"recipe": recipe, "data": job.plan.facts.data.digest, "frozen": frozen}
 
 
+def step_of(checkpoint: Path) -> int:
+    """After how many steps it was written."""
+    return int(checkpoint.stem.removeprefix("step-"))
+
+
 def _steps(folder: Path) -> list[Path]:
     """Checkpoints, newest first; of a step those set aside last."""
     found = [(path, name) for path in folder.glob("step-*") if (name := _STEP.fullmatch(path.name)) and path.is_dir()]

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
-import signal
-import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,13 +17,15 @@ from fromzero.data import Loaded
 from fromzero.devices import give_back_memory, held_memory, keep_freed_memory, peak_memory
 from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError, UserError
 from fromzero.planner.values import Plan
-from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, StepDone, Warned
+from fromzero.report.events import Evaluated, Event, Finished, Planned, Saved, Saving, Started, StepDone, Warned
+from fromzero.report.jsonlines import EVENTS, has_saved, roll_back
 from fromzero.report.summary import format_bytes
 from fromzero.runner import checkpoint, ledger
+from fromzero.runner.around import Stop, full_disk, signals, spoken_once, teller
 from fromzero.runner.assemble import Job, Place, assemble
-from fromzero.runner.folder import RESULT
+from fromzero.runner.folder import RESULT, refuse_finished
 from fromzero.runner.lock import holding
-from fromzero.runner.loop import Best, train
+from fromzero.runner.loop import Best, is_evaluated, is_over, train
 from fromzero.runner.numbers import refuse_to_save
 from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.progress import Progress
@@ -41,13 +39,6 @@ SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two che
 GIVE_BACK_SECONDS = 5.0  # at least between two times that freed memory goes back, for the next step takes it anew
 MOVED_AFTER = 3  # steps: a warm-up may begin at 0, and A beside a B of zeros gets its first gradient one step later
 SAMPLES = "samples.json"
-
-
-@dataclass
-class Stop:
-    """Why the loop should end after the step that is running: a signal's number, or `seconds`."""
-
-    reason: int | str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,26 +55,28 @@ def execute(
 ) -> Outcome:
     """Train into a folder, from the start or from its newest whole checkpoint.
 
+    resume: the folder's run was broken off; where that was before its first checkpoint, it begins anew
     raises: Interrupted after saving on Ctrl-C or SIGTERM; NumbersError where the numbers or limits.seconds stop it; UserError for a full disk
     """
-    tell = _teller(observers, goes_on=plan.recipe.save.full == "go_on")
-    with holding(folder), _full_disk(folder), torch.random.fork_rng(devices=[]), _spoken_once(tell), _signals() as stop:
+    tell = teller(observers, goes_on=plan.recipe.save.full == "go_on")
+    with holding(folder), full_disk(folder), torch.random.fork_rng(devices=[]), spoken_once(tell), signals() as stop:
         torch.set_num_threads(plan.threads)
         if plan.keep_memory:
             keep_freed_memory()
+        newest = _newest(folder, tell) if resume else None
         torch.manual_seed(plan.recipe.seed)
         job = assemble(plan, loaded, place)
         torch.manual_seed(plan.recipe.seed)  # the draws of training do not depend on how the model was built
-        progress, best, before = Progress(), Best(), frozen_digest(job.model, job.frozen)
-        if resume:
-            progress = _go_on(folder, job, best, before, tell)
+        before = frozen_digest(job.model, job.frozen)
+        run = _Run(job, before, folder, tell, stop)
+        if newest is not None:
+            run.go_on_from(newest)
         tell(_planned(plan, folder))
-        tell(Started(folder.name, str(folder), progress.step, time.time()))
+        tell(Started(folder.name, str(folder), run.progress.step, time.time()))
         if plan.prefix:
             begun = time.perf_counter()
-            keep_prefix(job, before, tell)
-            progress.seconds += time.perf_counter() - begun
-        run = _Run(job, progress, best, before, folder, tell, stop)
+            keep_prefix(job, before, tell, run.heed)
+            run.progress.seconds += time.perf_counter() - begun
         status, error = run.train()
         if frozen_digest(job.model, job.frozen) != before or not still_the_same(job):
             raise FromzeroError("a frozen layer has changed during training", mend="please report it, with the recipe")
@@ -92,7 +85,6 @@ def execute(
             job.optimizer.zero_grad()
             job.optimizer.state.clear()
         result, kept = run.finish(status)
-        tell(Finished(status, progress.step, progress.seconds, result))
     if error is not None:
         raise error
     job.model.load_state_dict(kept)
@@ -101,52 +93,55 @@ def execute(
 
 
 class _Run:
-    """What surrounds the loop: when to save, and what is left at the end."""
+    """What surrounds the loop: when to save, and what is left at the end. It is made before weights are put back, for it notes the first ones."""
 
-    def __init__(
-        self, job: Job, progress: Progress, best: Best, frozen: str, folder: Path, tell: Callable[[Event], None], stop: Stop
-    ) -> None:
-        self.job, self.progress, self.best, self.frozen = job, progress, best, frozen
-        self.folder, self.tell, self.stop = folder, tell, stop
-        self.saved_at, self.saved_step, self.unsaved = time.monotonic(), progress.step, False
+    def __init__(self, job: Job, frozen: str, folder: Path, tell: Callable[[Event], None], stop: Stop) -> None:
+        self.job, self.frozen, self.folder, self.tell, self.stop = job, frozen, folder, tell, stop
+        self.progress, self.best = Progress(), Best()
+        self.saved_at, self.saved_step, self.unsaved = time.monotonic(), 0, False
         self.stopped_by: NumbersError | None = None
         self.gave_back_at = 0.0
-        self.last: Evaluated | None = None
-        self.kept: Evaluated | None = None
-        self.samples: list[Sampled] = []
         self.first = {name: _bits(p) for name, p in job.model.named_parameters() if p.requires_grad}
-        self.check_at = min(progress.step + MOVED_AFTER, job.plan.steps)
+
+    def go_on_from(self, newest: Path) -> None:
+        self.progress = checkpoint.restore(newest, self.job, self.best, frozen=self.frozen)
+        self.saved_step = self.progress.step
+
+    def heed(self) -> None:
+        """raises: Interrupted where a signal has come, for while nothing new has been done"""
+        if self.stop.reason is not None:
+            raise self._interrupted(f"before step {self.progress.step + 1}", "nothing new was to be saved")
+
+    def _interrupted(self, when: str, saved: str) -> Interrupted:
+        assert isinstance(self.stop.reason, int)
+        mend = f"fromzero resume {self.folder.name} goes on from there"
+        return Interrupted(f"stopped {when} of {self.job.plan.steps}, {saved}", code=128 + self.stop.reason, mend=mend)
 
     def train(self) -> tuple[str, FromzeroError | None]:
         recipe, plan = self.job.plan.recipe, self.job.plan
-        resume = f"fromzero resume {self.folder.name}"
-        self.sample()
+        if self.progress.step == 0:
+            self.sample()
+        self.heed()
         for event in self._loop():
             self.tell(event)
             if isinstance(event, StepDone):
                 self._keep_to_the_plan()
-                if event.step == self.check_at:
+                if event.step == min(MOVED_AFTER, plan.steps):
                     self._warn_of_the_unmoved()
-            if isinstance(event, Evaluated):
-                if recipe.task == "language" or self.progress.step == plan.steps:
-                    self.sample()
-                self.last = event
-                self.kept = event if event.best or recipe.evaluate.keep == "last" or self.kept is None else self.kept
-            self._maybe_save()
+            elif isinstance(event, Evaluated) and (recipe.task == "language" or self.progress.step == plan.steps):
+                self.sample()
+            if isinstance(event, Evaluated) or (isinstance(event, StepDone) and not is_evaluated(plan, event.step)):
+                self._maybe_save()  # only now: a checkpoint holds all that belongs to its step
         if self.stopped_by is not None:
             return "stopped", self.stopped_by
-        if self.progress.step < plan.steps and self.stop.reason is not None:
-            if self.stop.reason == "seconds":
-                return "stopped", NumbersError(
-                    f"limits.seconds: {recipe.limits.seconds:g} seconds are over after step {self.progress.step} of {plan.steps}",
-                    mend=f"{resume} goes on",
-                )
-            return "interrupted", Interrupted(
-                f"stopped after step {self.progress.step} of {plan.steps}, saved",
-                code=128 + int(self.stop.reason),
-                mend=f"{resume} goes on from there",
+        if is_over(plan, self.progress):
+            return "done", None
+        if self.stop.reason == "seconds":
+            return "stopped", NumbersError(
+                f"limits.seconds: {recipe.limits.seconds:g} seconds are over after step {self.progress.step} of {plan.steps}",
+                mend=f"fromzero resume {self.folder.name} goes on",
             )
-        return "done", None
+        return "interrupted", self._interrupted(f"after step {self.progress.step}", "saved")
 
     def _loop(self) -> Iterator[Event]:
         """The loop's events, until the numbers stop it; what cannot be saved is raised outside and ends the run as it stands."""
@@ -157,7 +152,7 @@ class _Run:
 
     def _stopping(self) -> bool:
         limit = self.job.plan.recipe.limits.seconds
-        if limit is not None and self.progress.seconds > limit:
+        if self.stop.reason is None and limit is not None and self.progress.seconds > limit:
             self.stop.reason = "seconds"
         return self.stop.reason is not None
 
@@ -195,7 +190,7 @@ class _Run:
     def sample(self) -> None:
         began = time.perf_counter()
         for event in samples(self.job, self.progress.step):
-            self.samples.append(event)
+            self.progress.sampled.append(asdict(event))
             self.tell(event)
         if self.progress.step in (0, self.job.plan.steps):  # in between the loop's own clock counts it
             self.progress.seconds += time.perf_counter() - began
@@ -206,6 +201,7 @@ class _Run:
         raises: UserError where it cannot be written, NumbersError where it holds what is no finite number
         """
         asked, step = self.job.plan.recipe.save, self.progress.step
+        self.tell(Saving(step))
         try:
             path = checkpoint.save(self.folder / "checkpoints", self.job, self.progress, self.best, keep=asked.keep, frozen=self.frozen)
         except OSError as error:
@@ -236,26 +232,25 @@ class _Run:
             self.save(last=True)
 
     def finish(self, status: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Write the model, the result, and the row of the ledger."""
+        """Write the model, the row of the ledger, and last the result: a run whose result says done is never gone on with."""
         last = {name: tensor.detach() for name, tensor in self.job.model.state_dict().items()}
         kept = last if self.best.weights is None else {**last, **self.best.weights}
         older = self.best.weights is not None and self.progress.best_step != self.progress.step
         refuse_to_save({name: kept[name] for name in moving_state(self.job.model, self.job.frozen)}, self.job.model, self.progress.step)
         write_model(self.folder / "model", replace(self.job.saved, folder=self.folder / "model"), kept, last if older else None)
-        if self.samples:
-            write_whole(
-                self.folder / SAMPLES, json.dumps([asdict(sample) for sample in self.samples], indent=1, ensure_ascii=False).encode()
-            )
+        if self.progress.sampled:
+            write_whole(self.folder / SAMPLES, json.dumps(self.progress.sampled, indent=1, ensure_ascii=False).encode())
         result = self._result(status)
-        write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
         if (warned := ledger.enter(self.folder, self.job.plan, result)) is not None:
             self.tell(warned)
+        self.tell(Finished(status, self.progress.step, self.progress.seconds, result))
+        write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
         return result, kept
 
     def _result(self, status: str) -> dict[str, Any]:
-        plan, progress, kept = self.job.plan, self.progress, self.kept
+        plan, progress, kept = self.job.plan, self.progress, self.progress.kept
         seconds, text = max(progress.seconds, 1e-9), plan.facts.data.text
-        validated = {"loss": kept.loss, **kept.metrics} if kept is not None and self.job.validation is not None else {}
+        validated = {"loss": kept["loss"], **kept["metrics"]} if kept is not None else {}
         return {
             "run": self.folder.name,
             "status": status,
@@ -271,7 +266,7 @@ class _Run:
             "predicted": {"seconds": plan.predicted_seconds, "peak_memory_bytes": plan.predicted_peak_bytes},
             "train": {"loss": progress.train_loss if progress.loss_count == 0 else progress.loss_sum / progress.loss_count},
             "validation": validated,
-            "kept_step": kept.step if kept is not None else progress.step,
+            "kept_step": kept["step"] if kept is not None else progress.step,
             "grade": plan.grade,
         }
 
@@ -288,93 +283,25 @@ def _planned(plan: Plan, folder: Path) -> Planned:
     )
 
 
-def _go_on(folder: Path, job: Job, best: Best, frozen: str, tell: Callable[[Event], None]) -> Progress:
-    """From the newest whole checkpoint; never from the start, which only a person can ask for"""
-    step, damaged = checkpoint.find(folder / "checkpoints")
+def _newest(folder: Path, tell: Callable[[Event], None]) -> Path | None:
+    """The newest whole checkpoint, with the log rolled back to it; None where the run was broken off before its first.
+
+    raises: UserError where the run has come to its end; SourceError where there are checkpoints and none is whole: never from the start,
+            which only a person can ask for
+    """
+    refuse_finished(folder)  # once more, now that the folder is held: another process may have come to the end
+    kept_in = folder / "checkpoints"
+    step, damaged = checkpoint.find(kept_in)
     skipped = [f"{path.name} was skipped: {wrong}" for path, wrong in damaged.items()]
-    if step is None:
+    if step is None and (damaged or has_saved(folder / EVENTS)):
         raise SourceError(
             "has no whole checkpoint to go on from",
             why="; ".join(skipped),
             mend="fromzero train its recipe.yaml starts anew",
             file=str(folder),
         )
-    progress = checkpoint.restore(step, job, best, frozen=frozen)
-    for what in (*skipped, *checkpoint.tidy(folder / "checkpoints", damaged)):
-        tell(Warned(what, f"training goes on from {step.name}"))
-    return progress
-
-
-def _teller(observers: Sequence[Callable[[Event], None]], *, goes_on: bool) -> Callable[[Event], None]:
-    """goes_on: an observer that has no room to write is left out, and the others hear of it; else that ends the run"""
-    listening = list(observers)
-
-    def tell(event: Event) -> None:
-        for observer in tuple(listening):
-            try:
-                observer(event)
-            except OSError as error:
-                if not goes_on or error.errno not in FULL:
-                    raise
-                listening.remove(observer)
-                tell(
-                    Warned(
-                        f"{type(observer).__name__} writes no more: {error.strerror}", "training goes on without what it would have written"
-                    )
-                )
-
-    return tell
-
-
-@contextmanager
-def _full_disk(folder: Path) -> Iterator[None]:
-    """A disk that is full, whatever was being written, is one message that says how to go on."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in FULL:
-            raise
-        raise UserError(
-            f"could not be written ({error.strerror}); {format_bytes(free_disk(folder))} are free",
-            why="what was saved before is as it was",
-            mend=f"make room; fromzero resume {folder.name} then goes on from there",
-            file=str(error.filename or folder),
-        ) from error
-
-
-@contextmanager
-def _spoken_once(tell: Callable[[Event], None]) -> Iterator[None]:
-    """Python warnings become events, each once."""
-    said: set[str] = set()
-
-    def show(message: Warning | str, *_: Any, **__: Any) -> None:
-        if str(message) not in said:
-            said.add(str(message))
-            tell(Warned(str(message).splitlines()[0][:300]))
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        warnings.showwarning = show
-        yield
-
-
-@contextmanager
-def _signals() -> Iterator[Stop]:
-    """The first Ctrl-C or SIGTERM asks the loop to stop after its step; a second one ends at once."""
-    stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def ask(number: int, _: Any) -> None:
-        stop.reason = number
-        signal.signal(number, before[signal.Signals(number)] or signal.SIG_DFL)
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    roll_back(folder / EVENTS, -1 if step is None else checkpoint.step_of(step))
+    where = "it begins anew" if step is None else f"training goes on from {step.name}"
+    for what in (*skipped, *(checkpoint.tidy(kept_in, damaged) if kept_in.is_dir() else ())):
+        tell(Warned(what, where))
+    return step

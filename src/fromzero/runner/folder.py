@@ -48,12 +48,12 @@ def new_folder(runs: Path, name: str) -> Path:
 
 def describe(folder: Path, plan: Plan, folders: Sequence[Path]) -> None:
     """Write what is run: recipe, plan, environment.  folders: where the recipe's relative paths start"""
-    write_whole(folder / "recipe.yaml", write(plan.recipe).encode())
     write_whole(folder / "plan.json", json.dumps({**plan.as_json(), "place": str(folders[0].resolve())}, indent=1).encode())
     lines = [f"python {platform.python_version()}", f"platform {platform.platform()}", f"command {' '.join(sys.argv[:4])}"]
     found = [distribution.metadata for distribution in importlib.metadata.distributions()]  # parsed anew at each access
     lines += sorted(f"{about['Name']}=={about['Version']}" for about in found if about["Name"])
     write_whole(folder / "environment.txt", ("\n".join(dict.fromkeys(lines)) + "\n").encode())
+    write_whole(folder / "recipe.yaml", write(plan.recipe).encode())  # last: with it the folder is a run, which can go on
 
 
 def find_run(runs: Path, name: str) -> Path:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fromzero.data import epoch_order
+from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, StepDone, Warned
 from fromzero.runner.again import sure_gradients
 from fromzero.runner.assemble import Job
@@ -39,10 +40,10 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
     recipe, plan = job.plan.recipe, job.plan
     size, began = len(job.train), time.perf_counter() - progress.seconds
     set_training(job.model, job.frozen)
-    while progress.step < plan.steps:
+    while not is_over(plan, progress):
         order = epoch_order(recipe.seed, progress.epoch, size)
         ends = batch_ends(job, order)
-        while progress.step < plan.steps:
+        while not is_over(plan, progress):
             index, epoch = order[progress.index : ends[bisect_right(ends, progress.index)]], progress.epoch
             lr = set_learning_rate(job, progress.step)
             job.optimizer.zero_grad()
@@ -57,16 +58,25 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
             progress.advance(len(index), total, count, size)
             progress.seconds = time.perf_counter() - began
             yield StepDone(progress.step, epoch + 1, progress.samples, total / count, lr, float(norm))
-            if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
+            if is_evaluated(plan, progress.step):
                 evaluated = evaluate_and_keep(job, progress, best, epoch + 1)
                 progress.seconds = time.perf_counter() - began
                 yield evaluated
-                if recipe.evaluate.stop_after is not None and progress.without_gain >= recipe.evaluate.stop_after:
-                    return
             if stopping():
                 return
             if progress.index == 0:
                 break
+
+
+def is_over(plan: Plan, progress: Progress) -> bool:
+    """Whether the last step is taken, or evaluations have brought nothing for as long as the recipe waits."""
+    patience = plan.recipe.evaluate.stop_after
+    return progress.step >= plan.steps or (patience is not None and progress.without_gain >= patience)
+
+
+def is_evaluated(plan: Plan, step: int) -> bool:
+    """Whether an evaluation belongs to a step."""
+    return step % plan.evaluate_every == 0 or step == plan.steps
 
 
 def set_learning_rate(job: Job, step: int) -> float:
@@ -98,4 +108,6 @@ def evaluate_and_keep(job: Job, progress: Progress, best: Best, epoch: int) -> E
             best.weights = {name: tensor.detach().clone() for name, tensor in moving_state(job.model, job.frozen).items()}
     else:
         progress.without_gain += 1
+    if better or best.weights is None:
+        progress.kept = {"step": progress.step, "loss": loss, "metrics": metrics}
     return Evaluated(progress.step, epoch, loss, train_loss, metrics, better)

@@ -131,11 +131,12 @@ def _file_of(job: Job, frozen: str) -> Path:
     return cache_folder() / "kept" / f"{_key(job, frozen)}.safetensors"
 
 
-def keep_prefix(job: Job, frozen: str, tell: Callable[[Event], None]) -> None:
+def keep_prefix(job: Job, frozen: str, tell: Callable[[Event], None], heed: Callable[[], None]) -> None:
     """Compute what the cut reads of all examples, or take it from the cache, and start there; where that fails, all runs each time.
 
     frozen:  digest of what stands still
     tell:    hears how far it is, and what there is to warn of
+    heed:    called between batches; what it raises ends the pass
     """
     path = _file_of(job, frozen)
     with torch.random.fork_rng(devices=[]):
@@ -147,20 +148,21 @@ def keep_prefix(job: Job, frozen: str, tell: Callable[[Event], None]) -> None:
                 if _apart(rows, again) > DIFFERENCE[job.plan.precision]:
                     raise ModelError("the frozen part draws at random: it says something else each time")
                 start_at_cut(job, rows, None)
-                kept = _computed(job, path, tell)
+                kept = _computed(job, path, tell, heed)
             start_at_cut(job, kept["train"], kept.get("validation"))
         except (ModelError, SourceError, OSError) as error:
             job.stepped, job.fed, job.fed_validation = job.model, job.train, job.validation
             tell(Warned(f"the frozen part is run each time: {error}"))
 
 
-def _computed(job: Job, path: Path, tell: Callable[[Event], None]) -> Kept:
+def _computed(job: Job, path: Path, tell: Callable[[Event], None], heed: Callable[[], None]) -> Kept:
     """raises: OSError where it was to be in a file that cannot be written"""
     begun = spoken = time.monotonic()
     done, total = 0, sum(map(len, _sides(job).values()))
 
     def told(more: int) -> None:
         nonlocal done, spoken
+        heed()
         done += more
         if time.monotonic() - spoken > SPOKEN_SECONDS or done == total:
             spoken = time.monotonic()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -19,6 +20,8 @@ class Progress:
     best_loss: float | None = None
     best_step: int = 0
     without_gain: int = 0  # evaluations since the best
+    kept: dict[str, Any] | None = None  # step, loss and metrics of the evaluation whose weights the run keeps
+    sampled: list[dict[str, Any]] = field(default_factory=list)  # all texts that were written to read along
     seconds: float = 0.0  # spent training, over all restarts
     started: bool = False
 

@@ -233,6 +233,8 @@ def write_model(folder: Path, saved: SavedModel, kept: Mapping[str, Tensor], las
         "weights": digests,
     }
     write_whole(folder / "model.json", json.dumps(values, indent=1).encode())
+    if last is None:
+        (folder / FINAL).unlink(missing_ok=True)  # of when the run was broken off
 
 
 def _write_adapters(folder: Path, saved: SavedModel, adapted: Adapted, kept: Mapping[str, Tensor]) -> dict[str, str]:
