@@ -35,7 +35,8 @@ class Fault:
         place = self.file + (f":{self.line}" if self.line else "")
         where = " ".join(part for part in (place, self.key) if part)
         said = [self.what, self.why, self.mend]
-        return (f"{where}: " if where else "") + "; ".join(part for part in said if part)
+        text = (f"{where}: " if where else "") + "; ".join(part for part in said if part)
+        return text.encode("utf-8", "backslashreplace").decode()  # a name or a cell may hold what cannot be printed
 
 
 class FromzeroError(Exception):

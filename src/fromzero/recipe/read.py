@@ -207,7 +207,7 @@ def override(written: Written, overrides: Sequence[str]) -> None:
             faults.append(Fault(f"'{text}' is not an override", mend="write key=value, such as optimizer.lr=1e-4", file="command line"))
             continue
         try:
-            parsed = parse(f"x: {value}".encode(), "command line")
+            parsed = parse(f"x: {value}".encode("utf-8", "surrogateescape"), "command line")
         except RecipeError as error:
             faults.extend(Fault(f.what, f.why, f.mend, "command line", 0, dotted) for f in error.faults)
             continue

@@ -188,7 +188,7 @@ class Data(Section):
         None, description="chat: what becomes of conversations beyond max_tokens or the model's context; left out: they are refused"
     )
     shared: Literal["leave_out", "keep"] = Field("leave_out", description="validation examples that stand in train too")
-    skip_broken: int = Field(0, ge=0, description="how many unreadable images may be left out before the run is refused")
+    skip_broken: int = Field(0, ge=0, description="how many unreadable images, rows of a table or conversations may be left out, and named in the plan, before the run is refused")
     augment: Annotated[Augment | None, NoneWord] = Field(None, description="none, light, or {shift, rotate, flip}; images only")
 
     @model_validator(mode="before")
@@ -475,6 +475,8 @@ class Recipe(Section):
             raise ValueError(f"task {self.task} predicts tokens, but loss {name} does not; use cross_entropy")
         if self.task == "regress" and name in ("cross_entropy", "bce"):
             raise ValueError(f"task regress predicts numbers, but loss {name} compares classes; use mse, mae or huber, or task: classify")
+        if self.task == "language" and self.data.skip_broken:
+            raise ValueError("data.skip_broken leaves out images, rows and conversations; a text to be gone on with is read whole")
         wrong = [m for m in self.metric_names if m not in METRICS[self.task]]
         if wrong:
             raise ValueError(f"metric {wrong[0]} does not belong to task {self.task}")

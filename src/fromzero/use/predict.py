@@ -114,7 +114,7 @@ def _texts(form: TextFormat, inputs: Any) -> tuple[list[str], list[str]]:
                 _existing(path)
             return [str(inputs)], [str(inputs)]
         if path.suffix.lower() not in TABLES:
-            lines = [line for line in read_text(path).splitlines() if line.strip()]
+            lines = [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()]  # splitlines would cut at U+2028 too
             return lines, lines
         inputs = read_table(path).columns
     if isinstance(inputs, (list, tuple)) and all(isinstance(text, str) for text in inputs):
@@ -125,7 +125,10 @@ def _texts(form: TextFormat, inputs: Any) -> tuple[list[str], list[str]]:
             f"there is no column '{form.column}', which the model was trained on",
             mend=did_you_mean(form.column, columns) or f"the columns are {', '.join(list(columns)[:12])}",
         )
-    texts = [str(text) for text in columns[form.column]]
+    cells = columns[form.column]
+    if None in cells:
+        raise DataError(f"row {cells.index(None) + 1} has no text in column '{form.column}'", mend="remove the row")
+    texts = [str(text) for text in cells]
     return texts, texts
 
 
