@@ -7,7 +7,6 @@ uint8 inputs with two or three dimensions beside the first are images: they beco
 from __future__ import annotations
 
 import pickletools
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fromzero.errors import DataError, SourceError, did_you_mean
-from fromzero.sources import check_zip, read_member
+from fromzero.sources import check_zip, is_zip, read_member
 from fromzero.sources.archives import MOST_RATIO, RATIO_COUNTS_FROM
 
 INPUT_NAMES = ("x", "X", "inputs", "input", "images", "features", "data", "x_train", "train_x")
@@ -137,7 +136,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _read_torch(path: Path) -> dict[str, Any]:
     """A torch zip whose pickle names tensors and nothing else; it is read as text before it is loaded."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         raise SourceError(
             "is an old torch file or a bare pickle",
             why="reading it can run code",

@@ -459,7 +459,7 @@ def _frames(path: Path, count: int | None, column: str | None) -> Iterator[Any]:
             scan = polars.scan_parquet(path)
             size = int(scan.select(polars.len()).collect().item())
             frame = (scan.select(column) if column else scan).slice(begin, count and 16 * count).collect()
-        except Exception as error:  # polars names no one class for what a damaged file may raise
+        except (Exception, polars.exceptions.PanicException) as error:  # there is no one class for what a damaged file may raise
             raise DataError(f"is not a whole parquet file ({str(error)[:120]})", file=str(path)) from None
         yield frame
         begin += max(frame.height, 1)

@@ -188,7 +188,11 @@ class Data(Section):
         None, description="chat: what becomes of conversations beyond max_tokens or the model's context; left out: they are refused"
     )
     shared: Literal["leave_out", "keep"] = Field("leave_out", description="validation examples that stand in train too")
-    skip_broken: int = Field(0, ge=0, description="how many unreadable images, rows of a table or conversations may be left out, and named in the plan, before the run is refused")
+    skip_broken: int = Field(
+        0,
+        ge=0,
+        description="how many unreadable images, rows of a table or conversations may be left out, and named in the plan, before the run is refused",
+    )
     augment: Annotated[Augment | None, NoneWord] = Field(None, description="none, light, or {shift, rotate, flip}; images only")
 
     @model_validator(mode="before")
