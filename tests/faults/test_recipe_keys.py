@@ -107,7 +107,7 @@ def test_every_option_of_a_shipped_model_with_any_letter_wrong_is_refused_with_t
             "grows too large when its aliases",
         ),
         ("a: &a [*a]", "r.yaml:4: grows too large when its aliases"),
-        ("a: &a 1\nb: &a 2", "r.yaml:5: is not YAML: found duplicate anchor"),
+        ("a: &a 1\nb: &a 2", "r.yaml:5: is not YAML: found duplicate anchor 'a'; first occurrence: second occurrence"),
         ("a: " + "[" * 100_000, "r.yaml:4: is nested more than 20 deep"),
         ("a: " + "{a: " * 50_000, "r.yaml:4: is nested more than 20 deep"),
         ("a: " + "- " * 100_000, "r.yaml:4"),

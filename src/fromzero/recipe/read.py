@@ -102,7 +102,7 @@ def parse(data: bytes, file: str) -> Written:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark is not None else 0
-        what = f"is not YAML: {error.problem or error.context}"
+        what = f"is not YAML: {': '.join(said for said in (error.context, error.problem) if said)}"
         raise RecipeError(what, file=file, line=line, mend="check the indentation and the quotes there") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"is not YAML: {error}", file=file) from None
