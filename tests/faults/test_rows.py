@@ -6,10 +6,12 @@ import os
 import pickle
 import stat
 import struct
+import time
 import zipfile
 import zlib
 
 import numpy as np
+import polars
 import pytest
 import torch
 from PIL import Image
@@ -185,10 +187,19 @@ def test_a_text_to_be_gone_on_with_takes_no_count_of_broken_rows(tmp_path):
         fz.plan({"task": "language", "model": "lstm", "data": {"train": "t.txt", "skip_broken": 1}})
 
 
-def test_a_hundred_thousand_escaped_quotes_and_brackets_take_no_time(tmp_path):
-    lay(tmp_path, {"d.jsonl": b'{"x": "' + b'\\"' * 200_000 + b"[" * 100 + b'\n{"x": 1}\n'})
+def test_quotes_that_do_not_end_before_many_brackets_take_no_time(tmp_path):
+    lay(tmp_path, {"d.jsonl": b'{"x": "' + b'\\"' * 20_000 + b"[" * 100 + b'\n{"x": 1}\n'})
+    started = time.monotonic()
     with pytest.raises(DataError, match=r"d.jsonl:1: column 7 is not JSON"):
         read_table(tmp_path / "d.jsonl")
+    assert time.monotonic() - started < 3  # each quote looked for from the one before: 9 s
+
+
+def test_a_tokenizer_is_learned_soon_from_a_text_that_nothing_breaks():
+    started = time.monotonic()
+    assert byte_pairs(["9" * 60_000], 8000)
+    assert time.monotonic() - started < 5  # as one word: 11 s, and four times that for each doubling
+    assert byte_pairs([text := "some words, and more of them " * 50], 300) == byte_pairs(text.splitlines(), 300)
 
 
 # 22
@@ -309,6 +320,16 @@ def test_a_zip_behind_a_pickle_does_not_make_the_pickle_a_torch_file(tmp_path):
     assert zipfile.is_zipfile(tmp_path / "d.pt")
     with pytest.raises(fz.SourceError, match="is an old torch file or a bare pickle"):
         load(Request(tmp_path / "d.pt"))
+
+
+def test_a_panic_of_the_library_that_reads_parquet_is_a_message(tmp_path, monkeypatch):
+    def panic(_):
+        raise polars.exceptions.PanicException("assertion failed: offset + length <= self.length")
+
+    lay(tmp_path, {"d.parquet": b"PAR1"})
+    monkeypatch.setattr(polars, "scan_parquet", panic)
+    with pytest.raises(DataError, match=r"is not a whole parquet file \(assertion failed"):
+        read_table(tmp_path / "d.parquet")
 
 
 def test_data_of_a_terabyte_made_of_four_bytes_is_refused(tmp_path):

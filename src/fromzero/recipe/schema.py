@@ -262,7 +262,7 @@ Loss = Annotated[
 class Optimizer(Section):
     """Keys that every optimizer has."""
 
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="learning rate: size of a step")
+    lr: float = Field(1e-3, gt=0, description="learning rate: size of a step")
     weight_decay: float = Field(0.0, ge=0, description="pull of the weights towards zero")
     lr_scale: dict[str, float] = Field({}, description="globs of parameter names → multiplier of lr")
 
@@ -276,7 +276,7 @@ class Optimizer(Section):
 
 class SGD(Optimizer):
     name: Literal["sgd"] = "sgd"
-    lr: float = Field(0.01, gt=0, allow_inf_nan=False, description="learning rate: size of a step")
+    lr: float = Field(0.01, gt=0, description="learning rate: size of a step")
     momentum: float = Field(0.0, ge=0, lt=1, description="share of the last step that is repeated")
     nesterov: bool = Field(False, description="look ahead along the momentum")
 
@@ -289,7 +289,7 @@ class SGD(Optimizer):
 
 class RMSProp(Optimizer):
     name: Literal["rmsprop"] = "rmsprop"
-    lr: float = Field(0.01, gt=0, allow_inf_nan=False, description="learning rate: size of a step")
+    lr: float = Field(0.01, gt=0, description="learning rate: size of a step")
     alpha: float = Field(0.99, ge=0, lt=1, description="memory of the squared gradient")
     eps: float = Field(1e-8, gt=0, description="keeps the division finite")
     momentum: float = Field(0.0, ge=0, lt=1, description="share of the last step that is repeated")
@@ -409,7 +409,7 @@ class Recipe(Section):
     batch: Annotated[int, Field(ge=1)] | Literal["all"] | BatchTokens = Field(
         64, description="samples per optimizer step; all: gradient descent; {tokens: N} for text"
     )
-    epochs: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, NoneWord] = Field(
+    epochs: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(
         None, description="passes over the training data (10 if neither this nor steps or tokens is given)"
     )
     steps: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(None, description="optimizer steps, instead of epochs")
