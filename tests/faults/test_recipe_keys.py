@@ -133,3 +133,11 @@ def test_words_and_numbers_are_what_they_look_like() -> None:
         parse(SOUND.replace("hold_out: 0.2", "classes: [no, on, y, 1e-4, 012, 1:30]").encode() + b"optimizer: {lr: 1e-4}\n", "r.yaml")
     )
     assert found.data.classes == ("no", "on", "y", "0.0001", "12", "1:30") and found.optimizer.lr == 1e-4
+
+
+@pytest.mark.parametrize("endless", ["schedule: {" + "x" * 30_000 + "}", "optimizer: {name: " + "x" * 30_000 + "}"])
+def test_a_message_shows_the_beginning_of_what_is_endless(endless: str) -> None:
+    with pytest.raises(fz.RecipeError) as caught:
+        check(parse((SOUND + endless + "\n").encode(), "r.yaml"))
+    said = str(caught.value)
+    assert "r.yaml:5" in said and "x … (30,0" in said and len(said) < 2_000
