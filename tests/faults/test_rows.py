@@ -332,6 +332,14 @@ def test_a_panic_of_the_library_that_reads_parquet_is_a_message(tmp_path, monkey
         read_table(tmp_path / "d.parquet")
 
 
+@pytest.mark.parametrize("protocol", [2, 3])
+def test_what_the_pickle_of_data_asks_for_is_named_before_torch_reads_it(tmp_path, monkeypatch, protocol):
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was read"))
+    torch.save({"x": Bomb(), "y": torch.ones(2)}, tmp_path / "d.pt", pickle_protocol=protocol)
+    with pytest.raises(fz.SourceError, match=r"its pickle asks for posix.mkdir; that would run code; it was not tried"):
+        load(Request(tmp_path / "d.pt"))
+
+
 def test_data_of_a_terabyte_made_of_four_bytes_is_refused(tmp_path):
     torch.save({"x": torch.ones(1).expand(2**38), "y": torch.ones(1).expand(2**38)}, tmp_path / "d.pt")
     with pytest.raises(fz.SourceError, match=r"its 'x' of shape \(274877906944,\) would grow to 1,099,511,627,776 bytes"):
