@@ -19,7 +19,6 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-
 MOST_SHOWN = 1000  # characters of a part of a message
 
 

@@ -6,7 +6,11 @@ from pathlib import Path
 import pytest
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "how-tested.md").read_text(encoding="utf-8")
-ROWS = {int(cells[0]): cells[1:] for line in PAGE.splitlines() if (cells := [cell.strip() for cell in line.strip("|").split(" | ")])[0].isdigit()}
+ROWS = {
+    int(cells[0]): cells[1:]
+    for line in PAGE.splitlines()
+    if (cells := [cell.strip() for cell in line.strip("|").split(" | ")])[0].isdigit()
+}
 
 
 def test_the_page_has_a_row_for_each_of_forty_faults():
