@@ -39,7 +39,7 @@ def refused_everywhere(repository: Path, every: int) -> tuple[int, int]:
     for recipe in recipes:
         text = recipe.read_text()
         for path, at, line in keys(yaml.compose(text)):
-            if path[0] == "model" and path != ("model", "from"):
+            if path[0] == "model" and path[1:] not in ((), ("from",)):
                 continue  # an option of the model, below
             if "lr_scale" in path[:-1]:
                 continue  # a glob, not a key
