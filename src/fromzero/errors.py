@@ -19,6 +19,8 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
+MOST_SHOWN = 1000  # characters of a part of a message
+
 
 @dataclass(frozen=True)
 class Fault:
@@ -33,9 +35,15 @@ class Fault:
 
     def __str__(self) -> str:
         place = self.file + (f":{self.line}" if self.line else "")
-        where = " ".join(part for part in (place, self.key) if part)
+        where = " ".join(part for part in (place, _shown(self.key)) if part)
         said = [self.what, self.why, self.mend]
-        return (f"{where}: " if where else "") + "; ".join(part for part in said if part)
+        text = (f"{where}: " if where else "") + "; ".join(_shown(part) for part in said if part)
+        return text.encode("utf-8", "backslashreplace").decode()  # a name or a cell may hold what cannot be printed
+
+
+def _shown(text: str) -> str:
+    """What a person reads of it: a key or a value may be a file's whole content."""
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} … ({len(text):,} characters)"
 
 
 class FromzeroError(Exception):

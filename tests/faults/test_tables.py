@@ -76,9 +76,9 @@ def test_half_a_surrogate_pair_in_json_is_refused_with_its_line(write):
         ("null", "is null, not an object"),
         ("[1]", "is list, not an object"),
         ('{"x": 1, "x": 2}', "names 'x' twice"),
-        ('{"x": ' + "9" * 5000 + "}", "holds a number of thousands of digits"),
-        ('{"x": ' + "[" * 100_000 + "}", "is nested more than 64 deep"),
-        ('{"z": "' + "]" * 90_000 + '", "x": ' + "[" * 80_000 + "}", "is nested more than 64 deep"),
+        ('{"x": ' + "9" * 5000 + "}", 'column 7 holds a number of thousands of digits near \'{"x": 999'),
+        ('{"x": ' + "[" * 100_000 + "}", "column 70 is nested more than 64 deep near '[[["),
+        ('{"z": "' + "]" * 90_000 + '", "x": ' + "[" * 80_000 + "}", "column 90079 is nested more than 64 deep"),
     ],
 )
 def test_a_bad_json_line_is_named_and_all_come_at_once(write, line, said):
@@ -96,7 +96,10 @@ def test_brackets_inside_text_are_no_nesting(write):
 
 def test_a_ragged_row_is_named_by_its_physical_line(write):
     error = refused(
-        write('x,y\n"a\nb",1\n1,2,3\n4\n'), "t.csv:4: has 3 cells, the header has 2", "t.csv:5: has 1 cells", "needs quotes around the cell"
+        write('x,y\n"a\nb",1\n1,2,3\n4\n'),
+        "t.csv:4: row 2 has 3 cells, the header has 2",
+        "t.csv:5: row 3 has 1 cells",
+        "needs quotes around the cell",
     )
     assert [fault.line for fault in error.faults] == [4, 5]
 

@@ -138,24 +138,6 @@ def test_keys_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
     assert "nesterov needs a momentum" in faults(tmp_path, WHOLE.replace("momentum: 0.9", "nesterov: true"))[0]
 
 
-def test_every_key_of_every_shipped_recipe_with_one_letter_changed_is_refused(repository: Path, tmp_path: Path) -> None:
-    recipes = sorted((repository / "recipes").glob("*.yaml"))
-    assert len(recipes) >= 3
-    mutated = 0
-    for path in recipes:
-        values = parse(path.read_bytes(), str(path)).values
-        for _section, keys in [((), list(values)), *(((k,), list(v)) for k, v in values.items() if isinstance(v, dict) and k != "model")]:
-            for key in keys:
-                text = path.read_text()
-                line = next(part for part in text.splitlines() if f"{key}:" in part and not part.startswith("#"))
-                broken = text.replace(line, line.replace(f"{key}:", f"{key[:-1]}{'x' if key[-1] != 'x' else 'z'}:", 1))
-                with pytest.raises(fz.RecipeError, match=r"is no key|is missing"):
-                    read(written(tmp_path, broken))
-                mutated += 1
-        assert read(path)
-    assert mutated >= 30
-
-
 def test_a_recipe_is_written_so_that_it_reads_back_the_same(repository: Path, tmp_path: Path) -> None:
     for path in sorted((repository / "recipes").glob("*.yaml")):
         recipe = read(

@@ -7,7 +7,6 @@ uint8 inputs with two or three dimensions beside the first are images: they beco
 from __future__ import annotations
 
 import pickletools
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from fromzero.errors import DataError, SourceError, did_you_mean
-from fromzero.sources import check_zip, read_member
+from fromzero.sources import check_zip, is_zip, read_member
+from fromzero.sources.archives import MOST_RATIO, RATIO_COUNTS_FROM
 
 INPUT_NAMES = ("x", "X", "inputs", "input", "images", "features", "data", "x_train", "train_x")
 TARGET_NAMES = ("y", "Y", "targets", "target", "labels", "label", "y_train", "train_y")
@@ -70,6 +70,8 @@ def as_pair(inputs: Any, targets: Any, name: str) -> tuple[Tensor, Tensor]:
         )
     if len(x) == 0:
         raise DataError("holds 0 examples", file=name)
+    if x.numel() == 0:
+        raise DataError(f"its inputs have shape {tuple(x.shape)}: an example holds no number", file=name)
     if x.ndim == 1:
         x = x[:, None]  # (M, 1): one number is an example
     if x.dtype == torch.uint8 and x.ndim == 3:
@@ -134,7 +136,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 def _read_torch(path: Path) -> dict[str, Any]:
     """A torch zip whose pickle names tensors and nothing else; it is read as text before it is loaded."""
-    if not zipfile.is_zipfile(path):
+    if not is_zip(path):
         raise SourceError(
             "is an old torch file or a bare pickle",
             why="reading it can run code",
@@ -155,6 +157,10 @@ def _read_torch(path: Path) -> dict[str, Any]:
         ) from None
     if not isinstance(loaded, Mapping):
         raise DataError("is no dictionary of tensors", mend="save {'x': …, 'y': …}", file=str(path))
+    for key, value in loaded.items():
+        if isinstance(value, Tensor) and value.nbytes > max(MOST_RATIO * path.stat().st_size, RATIO_COUNTS_FROM):
+            what = f"its '{key}' of shape {tuple(value.shape)} would grow to {value.nbytes:,} bytes"
+            raise SourceError(what, why="it repeats the few that the file holds", mend="save the plain tensor", file=str(path))
     return {str(key): value for key, value in loaded.items()}
 
 

@@ -36,8 +36,9 @@ def load_chat(request: Request) -> Loaded:
     raises: DataError with every row that is no conversation, or that the template refuses
     """
     asked = _asked(request)
-    read = read_conversations(request.train, asked.mapping, request.folders)
+    read = read_conversations(request.train, asked.mapping, request.folders, request.skip_broken)
     notes = [f"columns that are no part of a conversation: {', '.join(read.unused)}"] if read.unused else []
+    notes += [f"broken, left out: {fault}" for fault in read.left_out]
     train, held, shared = _sides(read, request, notes)
     rooms = [room for room in (asked.max_tokens, asked.context) if room is not None]
     form = ChatFormat(asked.tokenizer, asked.template, asked.special, asked.stops, min(rooms, default=None))
@@ -92,7 +93,9 @@ def _sides(read: Conversations, request: Request, notes: list[str]) -> tuple[Seq
     train: Sequence[Conversation] = read.items
     held: Sequence[Conversation] = ()
     if request.validation is not None:
-        held = read_conversations(request.validation, _asked(request).mapping, request.folders).items
+        other = read_conversations(request.validation, _asked(request).mapping, request.folders, request.skip_broken)
+        notes += [f"validation: broken, left out: {fault}" for fault in other.left_out]
+        held = other.items
     elif request.hold_out:
         places = hold_out([_key(one.messages) for one in train], [""] * len(train), request.hold_out, request.seed)
         train, held = (tuple(read.items[p] for p in side) for side in places)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from fromzero.errors import DataError, Fault, nearest
 
 MOST_DEVIATIONS = 1e30  # float32 ends at 3e38
 MANY_SPACES = 2  # on average in a cell: a sentence, not a name
+MOST_WORDS = 0.1  # share of the cells of a column of numbers: with fewer they are slips, with more they are names
 MOST_CATEGORIES = 64  # found by itself; a column named in data.input may have ten times as many
 
 
@@ -60,10 +62,11 @@ class ColumnFacts:
     """What was seen in a column before anything was decided."""
 
     name: str
-    kind: str  # number | category | text | constant | id | empty
+    kind: str  # number | category | text | constant | id | empty | mixed: numbers, and a few words
     distinct: int
     missing: int
     infinite: int = 0
+    word: int = -1  # mixed: the first row that holds a word
 
 
 def inspect_column(name: str, cells: Sequence[Any]) -> ColumnFacts:
@@ -80,9 +83,13 @@ def inspect_column(name: str, cells: Sequence[Any]) -> ColumnFacts:
     if numbers is not None:
         counted = len(numbers) > 3 and not gaps and not infinite and bool(np.all(np.diff(numbers) == 1))
         return ColumnFacts(name, "id" if counted else "number", distinct, gaps, infinite)
+    most = MOST_WORDS * len(present)
+    words = list(islice((row for row, cell in enumerate(cells) if not missing(cell) and not _is_number(cell)), int(most) + 1))
+    if distinct > 10 and len(words) < most:
+        return ColumnFacts(name, "mixed", distinct, gaps, word=words[0])
     if distinct > max(MOST_CATEGORIES, 0.5 * len(present)) or (distinct == len(present) and distinct > 10):
-        words = sum(str(cell).count(" ") for cell in present[:1000]) / len(present[:1000])
-        return ColumnFacts(name, "text" if words >= MANY_SPACES else "id", distinct, gaps)
+        spaces = sum(str(cell).count(" ") for cell in present[:1000]) / len(present[:1000])
+        return ColumnFacts(name, "text" if spaces >= MANY_SPACES else "id", distinct, gaps)
     return ColumnFacts(name, "category", distinct, gaps)
 
 
@@ -91,6 +98,15 @@ def _numbers(cells: Sequence[Any]) -> np.ndarray[Any, np.dtype[np.float64]] | No
         return np.array(cells, dtype=np.float64)
     except (ValueError, TypeError, OverflowError):
         return None
+
+
+def _is_number(cell: Any) -> bool:
+    try:
+        return float(cell) is not None
+    except OverflowError:
+        return True
+    except (ValueError, TypeError):
+        return False
 
 
 def usable(facts: ColumnFacts) -> bool:
@@ -201,11 +217,16 @@ def fit_columns(table: Table, names: Sequence[str], policies: Mapping[str, str])
     policies: column → median | mean | zero | category | drop | error; others are decided here: a number's gap
               becomes the median and sets a flag, a word's gap is a category of its own
     """
-    return Columns(tuple(_fit(name, table.columns[name], policies.get(name, "auto"), table.file) for name in names))
+    return Columns(tuple(_fit(table, name, policies.get(name, "auto")) for name in names))
 
 
-def _fit(name: str, cells: Sequence[Any], policy: str, file: str) -> Column:
+def _fit(table: Table, name: str, policy: str) -> Column:
+    cells, file = table.columns[name], table.file
     facts = inspect_column(name, cells)
+    if facts.kind == "mixed" and policy != "category":
+        mend = f"correct it, or say data.missing: {{{name}: category}} where numbers are names too"
+        what = f"{str(cells[facts.word])[:40]!r} is not a number"
+        raise DataError(what, why="nearly all of the column are", mend=mend, file=file, line=table.lines[facts.word], key=name)
     numbers = _numbers([cell for cell in cells if not missing(cell)]) if facts.kind != "empty" else np.zeros(0)
     if numbers is None or policy == "category":
         words = sorted({as_word(cell) for cell in cells if not missing(cell)})

@@ -81,12 +81,13 @@ ROLES = {
 
 @dataclass(frozen=True)
 class Conversations:
-    """unused: columns that are no part of the shape."""
+    """unused: columns that are no part of the shape.  left_out: rows that are no conversations"""
 
     name: str
     shape: str
     items: tuple[Conversation, ...]
     unused: tuple[str, ...]
+    left_out: tuple[Fault, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,12 @@ class ChatFacts:
         ]
 
 
-def read_conversations(source: Any, mapping: Mapping[str, str] | None, folders: Sequence[Path]) -> Conversations:
+def read_conversations(source: Any, mapping: Mapping[str, str] | None, folders: Sequence[Path], skip: int = 0) -> Conversations:
     """A file of conversations, or a list of rows from Python.
 
     mapping: {user: COLUMN, assistant: COLUMN, system: COLUMN} or {messages: COLUMN, role: KEY, content: KEY}; None: a known shape
-    raises:  DataError with every row that cannot be read, or that has no such shape
+    skip:    how many bad rows are left out, and noted
+    raises:  DataError with every row that cannot be read or has no such shape, where there are more
     """
     name, rows, faults = _rows(source, folders)
     columns = list(dict.fromkeys(column for _, row in rows for column in row))
@@ -160,9 +162,9 @@ def read_conversations(source: Any, mapping: Mapping[str, str] | None, folders: 
             items += [Conversation(tuple(_checked(messages)), f"{name}:{line}", tools) for messages in _conversations(shape, row)]
         except DataError as error:
             faults += [replace(fault, file=name, line=line) for fault in error.faults]
-    refuse(faults)
+    refuse(faults, skip if items else 0)
     used = (*shape.columns, *(_INSTANCE.columns if shape == _NESTED else ()))
-    return Conversations(name, str(shape), tuple(items), tuple(column for column in columns if column not in used))
+    return Conversations(name, str(shape), tuple(items), tuple(column for column in columns if column not in used), tuple(faults))
 
 
 def holds_conversations(source: str, folders: Sequence[Path]) -> bool:
@@ -299,8 +301,8 @@ def _tools(value: Any) -> tuple[dict[str, Any], ...] | None:
 def _parsed(text: Any, key: str) -> Any:
     try:
         return json.loads(_text(text, key))
-    except ValueError as error:
-        raise DataError(f"is not JSON ({error})", key=key) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"is not JSON ({str(error)[:100]})", key=key) from None
 
 
 def _text(value: Any, key: str) -> str:

@@ -133,6 +133,8 @@ def image_header(path: Path) -> tuple[tuple[int, int], str]:
 
 def _opened(path: Path) -> Image.Image:
     shown = printable(str(path))
+    if not path.is_file() and path.exists():
+        raise DataError("is no file", why="a pipe or a device might never end", mend="name an image", file=shown)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is below
@@ -144,7 +146,7 @@ def _opened(path: Path) -> Image.Image:
     except FileNotFoundError:
         raise DataError("has vanished since the folder was listed", file=shown) from None
     except Exception as error:
-        empty = path.exists() and path.stat().st_size == 0
+        empty = path.is_file() and path.stat().st_size == 0
         what = "is empty (0 bytes)" if empty else f"is no image that can be read ({type(error).__name__})"
         raise DataError(what, mend="remove it, or let data.skip_broken leave some out", file=shown) from None
     if image.size[0] * image.size[1] > MOST_PIXELS:

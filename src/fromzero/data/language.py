@@ -103,13 +103,18 @@ def read_corpus(source: Any, request: Request) -> Corpus:
     path = find_path(source, request.folders)
     if path.suffix.lower() in TABLES:
         return _of_table(path, request)
-    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    files = text_files(path) if path.is_dir() else [path]
     if sum(file.stat().st_size for file in files) > IN_MEMORY:
         return Corpus(str(path), lambda: _of_files(files), folder_of(files, None))
     documents = [text for text in map(read_text, files) if text.strip()]
     if not documents:
         raise DataError(f"holds no text ({len(files)} text files)", file=str(path), mend="name a .txt file, a folder of them, or a table")
     return _in_memory(str(path), documents)
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The .txt files at any depth. Hidden ones and what is no file, such as a pipe or a link to nothing, are left out by rule."""
+    return [path for path in sorted(folder.rglob("*.txt")) if path.is_file() and not path.name.startswith(".")]
 
 
 def _in_memory(name: str, documents: Iterable[str]) -> Corpus:

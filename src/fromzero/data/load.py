@@ -19,7 +19,7 @@ from fromzero.data.catalogue import NAMED_SETS
 from fromzero.data.columns import Columns, as_word
 from fromzero.data.conversations import ChatFacts
 from fromzero.data.examples import Examples, TensorExamples
-from fromzero.data.images import ImageFormat
+from fromzero.data.images import ImageFormat, printable
 from fromzero.data.opening import Request, open_source
 from fromzero.data.sources import (
     ImageRows,
@@ -58,6 +58,7 @@ class DataFacts:
     classes: tuple[str, ...] | None = None
     train_counts: dict[str, int] = field(default_factory=dict)
     validation_counts: dict[str, int] = field(default_factory=dict)
+    first: dict[str, str] = field(default_factory=dict)  # class → where its first training example stands
     columns: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     repeats: int = 0  # rows whose content stands in an earlier row too
@@ -110,7 +111,7 @@ def load(request: Request) -> Loaded:
     classes = isinstance(answers, Classes)
     learned = train.targets.double().reshape(len(train), -1)
     facts = DataFacts(
-        source=source.name,
+        source=printable(source.name),
         kind=source.kind,
         train=len(train),
         validation=0 if validation is None else len(validation),
@@ -119,6 +120,7 @@ def load(request: Request) -> Loaded:
         classes=answers.names if isinstance(answers, Classes) else None,
         train_counts=part.counts(answers),
         validation_counts=held.counts(answers) if held else {},
+        first=part.first() if classes else {},
         columns={c.name: str(c) for c in form.columns} if isinstance(form, Columns) else {},
         notes=tuple(notes),
         repeats=len(keys) - len(set(keys)),
@@ -159,11 +161,15 @@ class _Part:
         counter = Counter(as_word(self.labels[row]) for row in self.rows)
         return {name: counter.get(name, 0) for name in answers.names}
 
+    def first(self) -> dict[str, str]:
+        rows = {as_word(self.labels[row]): row for row in reversed(self.rows)}
+        return {name: printable(self.source.where(row)) for name, row in sorted(rows.items())}
+
 
 def _sides(whole: _Part, strata: Sequence[str], request: Request, notes: list[str]) -> tuple[list[int], _Part | None]:
     """Rows to learn from, and the part to measure on."""
     rows = whole.rows
-    held = None if request.validation is None else _validation(whole.source, request)
+    held = None if request.validation is None else _validation(whole.source, request, notes)
     train_rows: list[int] = list(rows)
     if held is None:
         places, held_places = hold_out(whole.keys(), [strata[r] for r in rows], request.hold_out, request.seed)
@@ -182,7 +188,7 @@ def _sides(whole: _Part, strata: Sequence[str], request: Request, notes: list[st
     return train_rows, held
 
 
-def _validation(source: RowSource, request: Request) -> _Part:
+def _validation(source: RowSource, request: Request, notes: list[str]) -> _Part:
     """The rows of a validation set of its own, read with the columns of the training set."""
     if isinstance(source, TableRows):
         request = replace(request, target=source.target, columns=source.inputs)
@@ -190,7 +196,8 @@ def _validation(source: RowSource, request: Request) -> _Part:
         request = replace(request, target=source.target, columns=(source.column,), reads_text=True)
     other = open_source(request.validation, request)
     labels = other.labels
-    rows, _ = _kept_rows(other, labels, request)
+    rows, more = _kept_rows(other, labels, request)
+    notes += [f"validation: {note}" for note in more]
     if not rows:
         raise DataError("no validation example is left", why=f"{len(other)} rows read, 0 after filters", file=other.name)
     return _Part(other, labels, other.keys(), rows)
@@ -232,6 +239,8 @@ def _kept_rows(source: RowSource, labels: Any, request: Request) -> tuple[list[i
     if isinstance(source, ImageRows):
         notes += [f"{count} {reason} left out" for reason, count in source.tree.left_out.items()]
         notes += [f"broken, left out: {path} ({why})" for path, why in source.broken.items()]
+    if isinstance(source, (TableRows, TextRows)):
+        notes += [f"broken, left out: {fault}" for fault in source.table.left_out]
     return rows, notes
 
 

@@ -116,7 +116,7 @@ def _open_path(path: Path, request: Request) -> RowSource:
             file=str(path),
         )
     if suffix in TABLES:
-        return _rows_of(read_table(path), request)
+        return _rows_of(read_table(path, request.skip_broken), request)
     if suffix in ARRAYS:
         inputs, targets = read_arrays(path, request.columns[0] if request.columns else None, request.target)
         return ArrayRows(inputs, targets, name=str(path))

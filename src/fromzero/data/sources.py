@@ -137,6 +137,7 @@ def table_rows(
                 "constant": "has one value in every row",
                 "text": "holds text; a text model reads one such column, named in data.input",
                 "empty": "is empty in every row",
+                "mixed": f"holds numbers, but {str(table.columns[seen.name][seen.word])[:40]!r} at {table.where(seen.word)}",
             }
             set_aside[seen.name] = reasons[seen.kind]
     if not chosen:

@@ -13,19 +13,23 @@ import json
 import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fromzero.errors import DataError, Fault, MissingExtra
+from fromzero.errors import DataError, Fault, MissingExtra, nearest
 
 MISSING = frozenset(["", "NA", "N/A", "n/a", "NaN", "nan", "null", "NULL", "None", "<NA>", "NaT", "?"])
 MOST_FAULTS = 20  # shown; the rest is counted
 MOST_DEPTH = 64  # of nested JSON
 BLOCK = 2**20  # bytes of a text that are read at once
 PART = 64  # rows of a table that are read at once: a row may be a book
-_STRING_OR_BRACKET = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"|[\[\]{}]', re.DOTALL)  # brackets inside strings open nothing
+# Brackets inside strings open nothing. A string that does not end goes to the end of the text, and nothing is tried twice.
+_STRING_OR_BRACKET = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?|[\[\]{}]', re.DOTALL)
+_STEPS = {"[": 1, "{": 1, "]": -1, "}": -1}
+_MOST_NAMES = 64  # of columns that some rows lack, among which a renamed one is looked for
+_MANY_DIGITS = re.compile(r"\d{4301}")  # Python reads no longer one: it takes quadratic time
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 _UNREAD = object()  # in place of a value whose fault was noted
 _SEPARATORS = {"comma": ",", "tab": "\t", "semicolon": ";", "bar": "|"}
@@ -33,11 +37,12 @@ _SEPARATORS = {"comma": ",", "tab": "\t", "semicolon": ";", "bar": "|"}
 
 @dataclass(frozen=True)
 class Table:
-    """columns: name → one cell a row.  lines: the physical line where each row begins."""
+    """columns: name → one cell a row.  lines: the physical line where each row begins.  left_out: rows that could not be read."""
 
     file: str
     columns: dict[str, list[Any]]
     lines: Sequence[int]
+    left_out: tuple[Fault, ...] = ()
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -47,15 +52,16 @@ class Table:
 
     def take(self, rows: Sequence[int]) -> Table:
         columns = {name: [cells[i] for i in rows] for name, cells in self.columns.items()}
-        return Table(self.file, columns, [self.lines[i] for i in rows])
+        return replace(self, columns=columns, lines=[self.lines[i] for i in rows])
 
 
-def read_table(path: Path) -> Table:
+def read_table(path: Path, skip: int = 0) -> Table:
     """Read a table by its file's ending.
 
-    raises: DataError with every bad line, or saying that the file is empty or of no known kind
+    skip:   how many bad lines are left out, and noted in the table
+    raises: DataError with every bad line where there are more, or saying that the file is empty or of no known kind
     """
-    table = next(_READERS[_suffix(path)](path, None, None))
+    table = next(_READERS[_suffix(path)](path, None, None, skip))
     if not table.columns or not len(table):
         raise DataError("has no rows", why=f"{len(table.columns)} columns, 0 rows", file=str(path))
     return table
@@ -102,18 +108,21 @@ def read_parts(path: Path, column: str | None = None) -> Iterator[Table]:
     column:  the one that is wanted: parquet files read no other
     raises:  as read_table; the bad lines when all are known, and no part from the first of them on
     """
-    return _READERS[path.suffix.lower()](path, PART, column)
+    return _READERS[path.suffix.lower()](path, PART, column, 0)
 
 
-def _parts(rows: Iterator[Any], count: int | None, faults: list[Fault], build: Callable[[list[Any]], Table]) -> Iterator[Table]:
-    """`count` rows at a time, or all; faults come to be while rows are taken."""
+def _parts(
+    rows: Iterator[Any], count: int | None, faults: list[Fault], build: Callable[[list[Any]], Table], skip: int = 0
+) -> Iterator[Table]:
+    """`count` rows at a time, or all; faults come to be while rows are taken and a table is built."""
     part: list[Any] | None = None
     while part is None or len(part) == count:
         part = list(islice(rows, count))
-        if faults:
+        table = build(part)
+        if len(faults) > skip:
             deque(rows, maxlen=0)  # the rest is read for its faults alone
-        refuse(faults)
-        yield build(part)
+        refuse(faults, skip)
+        yield replace(table, left_out=tuple(faults))
 
 
 def table_of(columns: Mapping[str, Iterable[Any]], *, name: str = "<table given from Python>") -> Table:
@@ -153,6 +162,8 @@ def read_text(path: Path) -> str:
 def read_blocks(path: Path, size: int = BLOCK) -> Iterator[str]:
     """The text of a UTF-8 file, `size` bytes at a time.  raises: DataError with line and byte of what is none, and the likely encoding"""
     decoder, line, end, data = codecs.getincrementaldecoder("utf-8-sig")(), 1, 0, b" "
+    if not path.is_file() and path.exists():
+        raise DataError("is no file but a folder, a pipe or a device", why="a pipe might never end", mend="name a file", file=str(path))
     try:
         with path.open("rb") as file:
             while data:
@@ -203,8 +214,7 @@ def _likely_encoding(data: bytes) -> str:
 # ---------------------------------------------------------------------------------- separated values
 
 
-def _read_separated(path: Path, count: int | None, separator: str) -> Iterator[Table]:
-    faults: list[Fault] = []
+def _read_separated(path: Path, count: int | None, separator: str, skip: int) -> Iterator[Table]:
     if separator == "\t":
         text = read_text(path)
         records = _records(path, _lines([text], ""), separator, _quotes_are_text(text))
@@ -215,20 +225,21 @@ def _read_separated(path: Path, count: int | None, separator: str) -> Iterator[T
     header = [name.strip() for name in first[1]]
     if not header[0]:
         header[0] = "row"  # pandas writes no name for its index
-    faults += _header_faults(path, header, separator)
+    faults = _header_faults(path, header, separator)
+    skip = 0 if faults else skip  # no row can be read by a header that is wrong
 
     def fitting() -> Iterator[tuple[int, list[str]]]:
-        for line, cells in records:
+        for row, (line, cells) in enumerate(records, 1):
             if len(cells) == len(header):
                 yield line, cells
                 continue
-            what = f"has {len(cells)} cells, the header has {len(header)}"
+            what = f"row {row} has {len(cells)} cells, the header has {len(header)}"
             faults.append(Fault(what, mend="a separator inside a cell needs quotes around the cell", file=str(path), line=line))
 
     def build(part: list[tuple[int, list[str]]]) -> Table:
         return Table(str(path), {name: [cells[i] for _, cells in part] for i, name in enumerate(header)}, [line for line, _ in part])
 
-    return _parts(fitting(), count, faults, build)
+    return _parts(fitting(), count, faults, build, skip)
 
 
 def _records(path: Path, lines: Iterable[str], separator: str, quotes_are_text: bool = False) -> Iterator[tuple[int, list[str]]]:
@@ -279,21 +290,24 @@ def _header_faults(path: Path, header: list[str], separator: str) -> list[Fault]
     return faults
 
 
-def refuse(faults: Sequence[Fault]) -> None:
-    """raises: DataError with the first of the faults in the order of their lines, the others counted; nothing where there is none"""
-    faults = sorted(faults, key=lambda fault: fault.line)
+def refuse(faults: Sequence[Fault], skip: int = 0) -> None:
+    """raises: DataError with the first of the faults in the order of their lines, the others counted; nothing where `skip` allows them"""
+    if len(faults) <= skip:
+        return
+    said = sorted(faults, key=lambda fault: fault.line)[:MOST_FAULTS]
     if len(faults) > MOST_FAULTS:
-        faults = [*faults[:MOST_FAULTS], Fault(f"and {len(faults) - MOST_FAULTS} more faults", file=faults[0].file)]
-    if faults:
-        raise DataError(faults)
+        said.append(Fault(f"and {len(faults) - MOST_FAULTS} more faults", file=said[0].file))
+    if skip:
+        said.append(Fault(f"{len(faults)} rows cannot be read", f"data.skip_broken allows {skip}", file=said[0].file))
+    raise DataError(said)
 
 
 # ---------------------------------------------------------------------------------------------- JSON
 
 
-def _read_json_lines(path: Path, count: int | None, _: str | None) -> Iterator[Table]:
+def _read_json_lines(path: Path, count: int | None, _: str | None, skip: int) -> Iterator[Table]:
     faults: list[Fault] = []
-    return _parts(json_lines(path, faults), count, faults, lambda part: _from_objects(path, part))
+    return _parts(json_lines(path, faults), count, faults, lambda part: _from_objects(path, part, faults), skip)
 
 
 def json_lines(path: Path, faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -320,13 +334,13 @@ def _objects(path: Path, values: Iterable[tuple[int, Any]], faults: list[Fault])
             faults.append(Fault(f"is {'null' if value is None else type(value).__name__}, not an object", file=str(path), line=line))
 
 
-def _read_json(path: Path) -> Iterator[Table]:
+def _read_json(path: Path, skip: int) -> Iterator[Table]:
     faults, value = list[Fault](), _whole_json(path)
     if isinstance(value, dict) and value and all(isinstance(cells, list) for cells in value.values()):
         return iter([table_of(value, name=str(path))])
     if not isinstance(value, list):
         raise DataError("is neither a list of objects nor an object of columns", file=str(path))
-    return _parts(_objects(path, enumerate(value, 1), faults), None, faults, lambda part: _from_objects(path, part))
+    return _parts(_objects(path, enumerate(value, 1), faults), None, faults, lambda part: _from_objects(path, part, faults), skip)
 
 
 def _whole_json(path: Path) -> Any:
@@ -337,8 +351,8 @@ def _whole_json(path: Path) -> Any:
 
 
 def _parse_json(text: str, path: Path, line: int, faults: list[Fault]) -> Any:
-    if _depth(text) > MOST_DEPTH:
-        faults.append(Fault(f"is nested more than {MOST_DEPTH} deep", file=str(path), line=line))
+    if (at := _too_deep(text)) is not None:
+        faults.append(_at(text, at, f"is nested more than {MOST_DEPTH} deep", path, line))
         return _UNREAD
     try:
         value = json.loads(text, object_pairs_hook=_once)
@@ -351,13 +365,20 @@ def _parse_json(text: str, path: Path, line: int, faults: list[Fault]) -> Any:
             Fault(what, why="it is no character and cannot be written again", mend="write the character itself", file=str(path), line=line)
         )
     except json.JSONDecodeError as error:
-        piece = text[max(error.pos - 15, 0) : error.pos + 15]
-        what = f"column {error.colno} is not JSON ({error.msg}) near {piece!r}"
-        faults.append(Fault(what, file=str(path), line=line + error.lineno - 1))
+        faults.append(_at(text, error.pos, f"is not JSON ({error.msg})", path, line))
     except ValueError as error:
-        what = "holds a number of thousands of digits" if "digits" in str(error) else str(error)[:100]
-        faults.append(Fault(what, file=str(path), line=line))
+        if digits := _MANY_DIGITS.search(text):
+            faults.append(_at(text, digits.start(), "holds a number of thousands of digits", path, line))
+        else:
+            faults.append(Fault(str(error)[:100], file=str(path), line=line))
     return _UNREAD
+
+
+def _at(text: str, place: int, what: str, path: Path, line: int) -> Fault:
+    """A fault at a character of a text that begins in `line`."""
+    column = place - text.rfind("\n", 0, place)
+    piece = text[max(place - 15, 0) : place + 15]
+    return Fault(f"column {column} {what} near {piece!r}", file=str(path), line=line + text.count("\n", 0, place))
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -368,20 +389,57 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _depth(text: str) -> int:
-    deepest = depth = 0
+def _too_deep(text: str) -> int | None:
+    """Where the first bracket stands that is too deep inside others."""
+    depth = 0
     if text.count("[") + text.count("{") <= MOST_DEPTH:
-        return 0  # as most lines are: too few brackets to be too deep
-    for mark in _STRING_OR_BRACKET.findall(text):
-        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(mark, 0)
-        deepest = max(deepest, depth)
-    return deepest
+        return None  # as most lines are
+    for mark in _STRING_OR_BRACKET.finditer(text):
+        depth += _STEPS.get(mark[0], 0)
+        if depth > MOST_DEPTH:
+            return mark.start()
+    return None
 
 
-def _from_objects(path: Path, rows: list[tuple[int, dict[str, Any]]]) -> Table:
+def _from_objects(path: Path, rows: list[tuple[int, dict[str, Any]]], faults: list[Fault]) -> Table:
+    odd = {**_drifted(rows), **_renamed(rows)}
+    faults += [replace(fault, file=str(path), line=line) for line, fault in odd.items()]
+    rows = [(line, value) for line, value in rows if line not in odd]
     names = dict.fromkeys(name for _, value in rows for name in value)
     columns = {name: [_cell(value.get(name)) for _, value in rows] for name in names}
     return Table(str(path), columns, [line for line, _ in rows])
+
+
+def _renamed(rows: list[tuple[int, dict[str, Any]]]) -> dict[int, Fault]:
+    """Rows that have a column under a name that is nearly that of most rows, by line: every row has one of the two, and none both."""
+    counts = Counter(name for _, value in rows for name in value)
+    partial = [name for name, count in counts.items() if count < len(rows)]
+    found: dict[int, Fault] = {}
+    for name in partial if len(partial) <= _MOST_NAMES else ():
+        near = nearest(name, [other for other in partial if 2 * counts[other] < len(rows) < 2 * counts[name]], count=3)
+        if near and all((name in value) != any(other in value for other in near) for _, value in rows):
+            for line, value in rows:
+                other = next((other for other in near if other in value), None)
+                if other is not None:
+                    found[line] = Fault(f"has no '{name}', which other rows have", mend=f"is '{other}' the same?", key=name)
+    return found
+
+
+def _drifted(rows: list[tuple[int, dict[str, Any]]]) -> dict[int, Fault]:
+    """Rows that hold a list or an object where most hold text or a number, by line."""
+    plain, nested = Counter[str](), dict[str, list[tuple[int, Any]]]()
+    for line, value in rows:
+        for name, cell in value.items():
+            if isinstance(cell, (list, dict)):
+                nested.setdefault(name, []).append((line, cell))
+            else:
+                plain[name] += cell is not None
+    return {
+        line: Fault(f"is {type(cell).__name__}, in other rows text or a number", mend="correct the row", key=name)
+        for name, cells in nested.items()
+        if plain[name] > len(cells)
+        for line, cell in cells
+    }
 
 
 def _read_parquet(path: Path, count: int | None, column: str | None) -> Iterator[Table]:
@@ -401,18 +459,18 @@ def _frames(path: Path, count: int | None, column: str | None) -> Iterator[Any]:
             scan = polars.scan_parquet(path)
             size = int(scan.select(polars.len()).collect().item())
             frame = (scan.select(column) if column else scan).slice(begin, count and 16 * count).collect()
-        except Exception as error:  # polars names no one class for what a damaged file may raise
+        except (Exception, polars.exceptions.PanicException) as error:  # there is no one class for what a damaged file may raise
             raise DataError(f"is not a whole parquet file ({str(error)[:120]})", file=str(path)) from None
         yield frame
         begin += max(frame.height, 1)
 
 
-# Each takes a path, how many rows at a time (None: all) and the column that is wanted (None: all).
-_READERS: dict[str, Callable[[Path, int | None, str | None], Iterator[Table]]] = {
-    ".csv": lambda path, count, _: _read_separated(path, count, ","),
-    ".tsv": lambda path, count, _: _read_separated(path, count, "\t"),
+# Each takes a path, how many rows at a time (None: all), the column that is wanted (None: all) and how many bad rows are left out.
+_READERS: dict[str, Callable[[Path, int | None, str | None, int], Iterator[Table]]] = {
+    ".csv": lambda path, count, _, skip: _read_separated(path, count, ",", skip),
+    ".tsv": lambda path, count, _, skip: _read_separated(path, count, "\t", skip),
     ".jsonl": _read_json_lines,
     ".ndjson": _read_json_lines,
-    ".json": lambda path, *_: _read_json(path),
-    ".parquet": _read_parquet,
+    ".json": lambda path, _, __, skip: _read_json(path, skip),
+    ".parquet": lambda path, count, column, _: _read_parquet(path, count, column),
 }

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import fromzero.data.tokens as tk
 from fromzero.data.examples import IGNORED, Examples, Inputs
-from fromzero.data.table import Table
-from fromzero.errors import DataError
+from fromzero.data.table import Table, refuse
+from fromzero.errors import DataError, Fault
 
 MOST_TEXTS_FOR_BPE = 1_000_000
 
@@ -196,15 +196,15 @@ class TextRows:
     kind: str = "text"
 
     def __post_init__(self) -> None:
-        self.texts = ["" if cell is None else str(cell) for cell in self.table.columns[self.column]]
-        for row, text in enumerate(self.texts):
-            if not text.strip():
-                raise DataError(
-                    f"{self.table.where(row)}: column '{self.column}' is empty",
-                    why="there is no text to learn from",
-                    mend="remove the row",
-                    key="data.input",
-                )
+        cells = self.table.columns[self.column]
+        self.texts = ["" if cell is None else str(cell) for cell in cells]
+        words = any(isinstance(cell, str) for cell in cells)  # where there are none, numbers are what is to be read
+        faults: list[Fault] = []
+        for line, cell, text in zip(self.table.lines, cells, self.texts, strict=True):
+            what = "is empty" if not text.strip() else f"is {type(cell).__name__} {text:.20}, in other rows text"
+            if not text.strip() or (words and not isinstance(cell, str)):
+                faults.append(Fault(f"column '{self.column}' {what}", mend="correct or remove the row", file=self.name, line=line))
+        refuse(faults)
 
     @property
     def name(self) -> str:

@@ -7,13 +7,15 @@ or byte-level BPE.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fromzero.errors import DataError
 
+_LONG_RUN = re.compile(r"\S{512}")  # the library needs the square of a word's length to learn from it: a megabyte of digits, an hour
 UNKNOWN = "<unk>"
 END = "<|endoftext|>"
 # What published tokenizers call the token that ends a document, the likeliest first
@@ -106,8 +108,17 @@ def byte_pairs(texts: Iterable[str], vocabulary: int) -> str:
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in _without_long_runs(text)), trainer)
     return str(tokenizer.to_str())
+
+
+def _without_long_runs(text: str) -> Iterator[str]:
+    """A text in pieces, cut where nothing else breaks it."""
+    begin = 0
+    for run in _LONG_RUN.finditer(text):
+        yield text[begin : run.end()]
+        begin = run.end()
+    yield text[begin:]
 
 
 @lru_cache(maxsize=8)

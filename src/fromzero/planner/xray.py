@@ -60,11 +60,12 @@ def _labels(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
         )
     if data.outputs > width:
         counts = ", ".join(f"{n}: {c}" for n, c in list(data.train_counts.items())[:12])
+        beyond = [f"'{n}' stands {c} times, first at {data.first[n]}" for n, c in list(data.train_counts.items())[width:] if c]
         yield Finding(
             "error",
             "labels-out-of-range",
             f"the data has {data.outputs} classes, the model {width} outputs",
-            f"labels from {width} on are out of range ({counts})",
+            "; ".join([f"labels from {width} on are out of range ({counts})", *beyond[:3]]),
             "set head: new, which is sized from the data, or give the model more outputs",
         )
     elif data.outputs < width and recipe.loss_name == "cross_entropy":

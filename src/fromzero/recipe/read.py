@@ -102,7 +102,7 @@ def parse(data: bytes, file: str) -> Written:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark is not None else 0
-        what = f"is not YAML: {error.problem or error.context}"
+        what = f"is not YAML: {': '.join(said for said in (error.context, error.problem) if said)}"
         raise RecipeError(what, file=file, line=line, mend="check the indentation and the quotes there") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"is not YAML: {error}", file=file) from None
@@ -207,7 +207,7 @@ def override(written: Written, overrides: Sequence[str]) -> None:
             faults.append(Fault(f"'{text}' is not an override", mend="write key=value, such as optimizer.lr=1e-4", file="command line"))
             continue
         try:
-            parsed = parse(f"x: {value}".encode(), "command line")
+            parsed = parse(f"x: {value}".encode("utf-8", "surrogateescape"), "command line")
         except RecipeError as error:
             faults.extend(Fault(f.what, f.why, f.mend, "command line", 0, dotted) for f in error.faults)
             continue

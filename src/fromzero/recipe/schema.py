@@ -188,7 +188,11 @@ class Data(Section):
         None, description="chat: what becomes of conversations beyond max_tokens or the model's context; left out: they are refused"
     )
     shared: Literal["leave_out", "keep"] = Field("leave_out", description="validation examples that stand in train too")
-    skip_broken: int = Field(0, ge=0, description="how many unreadable images may be left out before the run is refused")
+    skip_broken: int = Field(
+        0,
+        ge=0,
+        description="how many unreadable images, rows of a table or conversations may be left out, and named in the plan, before the run is refused",
+    )
     augment: Annotated[Augment | None, NoneWord] = Field(None, description="none, light, or {shift, rotate, flip}; images only")
 
     @model_validator(mode="before")
@@ -258,7 +262,7 @@ Loss = Annotated[
 class Optimizer(Section):
     """Keys that every optimizer has."""
 
-    lr: float = Field(1e-3, gt=0, allow_inf_nan=False, description="learning rate: size of a step")
+    lr: float = Field(1e-3, gt=0, description="learning rate: size of a step")
     weight_decay: float = Field(0.0, ge=0, description="pull of the weights towards zero")
     lr_scale: dict[str, float] = Field({}, description="globs of parameter names → multiplier of lr")
 
@@ -272,7 +276,7 @@ class Optimizer(Section):
 
 class SGD(Optimizer):
     name: Literal["sgd"] = "sgd"
-    lr: float = Field(0.01, gt=0, allow_inf_nan=False, description="learning rate: size of a step")
+    lr: float = Field(0.01, gt=0, description="learning rate: size of a step")
     momentum: float = Field(0.0, ge=0, lt=1, description="share of the last step that is repeated")
     nesterov: bool = Field(False, description="look ahead along the momentum")
 
@@ -285,7 +289,7 @@ class SGD(Optimizer):
 
 class RMSProp(Optimizer):
     name: Literal["rmsprop"] = "rmsprop"
-    lr: float = Field(0.01, gt=0, allow_inf_nan=False, description="learning rate: size of a step")
+    lr: float = Field(0.01, gt=0, description="learning rate: size of a step")
     alpha: float = Field(0.99, ge=0, lt=1, description="memory of the squared gradient")
     eps: float = Field(1e-8, gt=0, description="keeps the division finite")
     momentum: float = Field(0.0, ge=0, lt=1, description="share of the last step that is repeated")
@@ -408,7 +412,7 @@ class Recipe(Section):
     batch: Annotated[int, Field(ge=1)] | Literal["all"] | BatchTokens = Field(
         64, description="samples per optimizer step; all: gradient descent; {tokens: N} for text"
     )
-    epochs: Annotated[Annotated[float, Field(gt=0, allow_inf_nan=False)] | None, NoneWord] = Field(
+    epochs: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(
         None, description="passes over the training data (10 if neither this nor steps or tokens is given)"
     )
     steps: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(None, description="optimizer steps, instead of epochs")
@@ -478,6 +482,8 @@ class Recipe(Section):
             raise ValueError(f"task {self.task} predicts tokens, but loss {name} does not; use cross_entropy")
         if self.task == "regress" and name in ("cross_entropy", "bce"):
             raise ValueError(f"task regress predicts numbers, but loss {name} compares classes; use mse, mae or huber, or task: classify")
+        if self.task == "language" and self.data.skip_broken:
+            raise ValueError("data.skip_broken leaves out images, rows and conversations; a text to be gone on with is read whole")
         wrong = [m for m in self.metric_names if m not in METRICS[self.task]]
         if wrong:
             raise ValueError(f"metric {wrong[0]} does not belong to task {self.task}")

@@ -58,7 +58,7 @@ Source = Annotated[Any, BeforeValidator(_opaque), PlainSerializer(_written)]
 class Section(BaseModel):
     """A frozen group of keys that refuses unknown ones."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True, allow_inf_nan=False)
 
 
 def short_for(key: str) -> Any:

@@ -14,6 +14,12 @@ MOST_RATIO = 200  # unpacked to packed; text rarely passes 20, a bomb has 1,000 
 RATIO_COUNTS_FROM = 2**20  # bytes: small members may shrink as they like
 
 
+def is_zip(path: Path) -> bool:
+    """By its first bytes, as torch tells: zipfile looks at the end, and would find a zip behind a pickle."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
 def check_zip(path: Path, most_bytes: int | None = None) -> dict[str, zipfile.ZipInfo]:
     """The members of a zip by name, after every entry was looked at; unpacked it has MOST_BYTES, or what is given.
 

@@ -121,7 +121,9 @@ def _lines(form: TextFormat, inputs: Any) -> tuple[list[str], str]:
                 _existing(path)
             return [str(inputs)], ""
         if path.suffix.lower() not in TABLES:
-            return [line for line in read_text(path).splitlines() if line.strip()], str(path)
+            return [line.rstrip("\r") for line in read_text(path).split("\n") if line.strip()], str(
+                path
+            )  # splitlines would cut at U+2028 too
         inputs, file = read_table(path).columns, str(path)
     if isinstance(inputs, (list, tuple)) and all(isinstance(text, str) for text in inputs):
         return list(inputs), file

@@ -7,13 +7,12 @@ import re
 import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
 
 from fromzero.errors import SourceError
-from fromzero.sources import cache_folder, check_zip, digest_of
+from fromzero.sources import cache_folder, check_zip, digest_of, is_zip
 from fromzero.weights.tensors import Tensors, open_safetensors
 
 _KEPT = ("PATH", "LD_LIBRARY_PATH", "SYSTEMROOT", "HOME", "TMPDIR", "TEMP")  # of the environment; no token goes along
@@ -29,7 +28,7 @@ def open_torch(path: Path) -> Tensors:
         raise SourceError(f"is not read with torch {torch.__version__} (CVE-2026-24747)", mend="pip install 'torch>=2.10'", file=str(path))
     try:
         size = path.stat().st_size
-        if zipfile.is_zipfile(path):
+        if is_zip(path):
             check_zip(path, 2 * size + 2**20)
         made = cache_folder() / "tensors" / f"{digest_of(path)}.safetensors"
         if not made.is_file():
