@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models
 import fromzero as fz
 import fromzero.use.speak as speak
 from fromzero.data import tokens as tk
-from fromzero.models.generate import scores_at
+from fromzero.models.scores import scores_at
 from fromzero.use.speak import as_text, complete, converse, open_speaker
 from tests.use.conftest import BLUE, CONTEXT, FRANCE, JAPAN, PARIS, SKY, TEMPLATE, TOKYO, Terminal, turns
 from tests.use.test_commands import Done, fromzero

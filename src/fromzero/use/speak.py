@@ -15,7 +15,8 @@ from fromzero.data.turns import Conversation, Encoded, Messages, encode_conversa
 from fromzero.devices import look_at_machine
 from fromzero.errors import DataError, ModelError
 from fromzero.models import FAMILIES
-from fromzero.models.generate import context_of, generate
+from fromzero.models.generate import generate
+from fromzero.models.scores import context_of
 from fromzero.runner.start import Start, build_published, find_start, published_of
 
 BROKEN = "\ufffd"  # what a tokenizer shows for the bytes of a character that is not whole
