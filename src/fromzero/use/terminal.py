@@ -16,7 +16,7 @@ HELP = {
     "/save FILE": "write the conversation as JSON, in the shape that a model is trained on",
     "/tokens": "how full the model's context is",
     "/help": "this list",
-    "/exit": "end, as Ctrl-D does; Ctrl-C stops an answer",
+    "/exit": "end, as Ctrl-D does; Ctrl-C stops an answer, and nothing else",
 }
 
 
@@ -31,7 +31,7 @@ def talk(speaker: Speaker, *, system: str | None, quiet: bool, **asked: Any) -> 
     first: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     said, forgotten, turns, at_terminal = list(first), 0, [], sys.stdin.isatty()
     speaker.encode_turns([*first, {"role": "user", "content": "a"}])  # a model that cannot chat says so before the first question
-    while (line := _line("» " if at_terminal and not quiet else "")) != "/exit":
+    while (line := _line("» " if at_terminal and not quiet else "", at_terminal)) != "/exit":
         heard = [*first, *said[len(first) + forgotten :]]
         try:
             if line == "/reset":
@@ -50,11 +50,16 @@ def talk(speaker: Speaker, *, system: str | None, quiet: bool, **asked: Any) -> 
     return turns
 
 
-def _line(prompt: str) -> str:
+def _line(prompt: str, at_terminal: bool) -> str:
     try:
         return input(prompt).strip()
     except EOFError:
         return "/exit"
+    except KeyboardInterrupt:
+        if not at_terminal:
+            raise
+        _say("(/exit or Ctrl-D ends)")
+        return ""
 
 
 def _say(text: str) -> None:
