@@ -63,7 +63,9 @@ def theirs(published: Pretrained, ours: nn.Module) -> LlamaForCausalLM:
 def theirs_go_on(model: LlamaForCausalLM, ids: list[int], most: int) -> list[int]:
     settings = {"max_new_tokens": most, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     with torch.no_grad():
-        return model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), **settings)[0, len(ids) :].tolist()
+        return model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.int64), **settings)[
+            0, len(ids) :
+        ].tolist()
 
 
 def compare(count: int, most: int, published: Pretrained, ours: nn.Module, theirs: LlamaForCausalLM) -> None:
