@@ -164,19 +164,22 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.width, sum(self.sizes), bias=config.qkv_bias)
         normed = self.sizes[:2] if config.qk_norm == "projection" else [config.head_width] * 2
         self.q_norm, self.k_norm = (nn.Identity() if config.qk_norm == "none" else config.norm_of(width) for width in normed)
-        self.normed = normed
+        self.is_normed, self.normed = config.qk_norm != "none", normed
         reach = None if layer.window is None else layer.window - 1
         self.attend = Attend(causal=True, reach=reach, scale=config.attention_scale, softcap=config.attention_cap)
         self.out = nn.Linear(self.sizes[0], config.width, bias=config.out_bias)
 
     def forward(self, x: Tensor, documents: Documents, turn: Turn | None, kept: Kept | None = None) -> Tensor:
         """x: (N, D).  returns: (N, D)"""
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        both, v = self.qkv(x).split([sum(self.sizes[:2]), self.sizes[2]], dim=-1)
         v = v.unflatten(-1, (-1, self.head_width))  # (N, G, K)
-        q = self.q_norm(q.unflatten(-1, (-1, self.normed[0]))).reshape(len(x), -1, self.head_width)  # (N, H, K)
-        k = self.k_norm(k.unflatten(-1, (-1, self.normed[1]))).reshape(len(x), -1, self.head_width)  # (N, G, K)
+        if self.is_normed:
+            parts = zip((self.q_norm, self.k_norm), both.split(self.sizes[:2], dim=-1), self.normed, strict=True)
+            both = torch.cat([norm(part.unflatten(-1, (-1, width))).flatten(1) for norm, part, width in parts], dim=-1)
+        both = both.unflatten(-1, (-1, self.head_width))  # (N, H + G, K): queries and keys are turned in one go
         if turn is not None:
-            q, k = (rotate(t, *turn, interleaved=self.interleaved) for t in (q, k))
+            both = rotate(both, *turn, interleaved=self.interleaved)
+        q, k = both.split([size // self.head_width for size in self.sizes[:2]], dim=1)  # (N, H, K)  (N, G, K)
         mixed = self.attend(q.to(v.dtype), k.to(v.dtype), v, documents, kept)  # autocast norms and turns in float32
         out: Tensor = self.out(mixed.flatten(1))
         return out
