@@ -16,7 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from fromzero.errors import ModelError, UserError
+from fromzero.errors import ModelError, NumbersError, UserError
 from fromzero.models.generate import generate
 from fromzero.models.rnn import RNN
 from fromzero.models.sampling import penalised, shares_of
@@ -245,3 +245,32 @@ def test_the_repetition_penalty_equals_that_of_transformers_elementwise() -> Non
     model = build("llama", torch.float64)
     plain, tired = (list(generate(model, PROMPTS[0], most=30, stops=(), repetition_penalty=penalty)) for penalty in (1.0, 50.0))
     assert len(set(tired)) > len(set(plain))
+
+
+def test_a_step_that_raises_leaves_every_text_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, failing = build("llama", torch.float64), []
+
+    def choosy(made: Sequence[int]) -> None:
+        if len(made) == 3 and not failing:
+            failing.append(1)
+            raise ValueError("not this one")
+
+    batch = Batch(model, ())
+    numbers = [batch.add(ids, Sampling(most=9, temperature=1.0, seed=5), allowed=choosy) for ids in PROMPTS[:3]]
+    made = [one for _ in range(3) for one in batch.step()]
+    with pytest.raises(ValueError, match="not this one"):
+        batch.step()
+    scores = model.scores
+
+    def broken(states: Tensor) -> Tensor:
+        failing.append(2)
+        return scores(states) * (torch.nan if len(failing) == 2 else 1.0)
+
+    monkeypatch.setattr(model, "scores", broken)
+    with pytest.raises(NumbersError, match="the model's scores are no numbers; its weights may be broken: fetch or train it anew"):
+        batch.step()
+    made += [one for _ in range(6) for one in batch.step()]
+    assert failing[:2] == [1, 2] and len(batch) == 0
+    for number, ids in zip(numbers, PROMPTS, strict=False):
+        alone_tokens = [one.token for one in alone(model, ids, Sampling(most=9, temperature=1.0, seed=5))]
+        assert [one.token for one in made if one.number == number] == alone_tokens

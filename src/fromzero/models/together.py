@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
-from fromzero.errors import ModelError, UserError
+from fromzero.errors import ModelError, NumbersError, UserError
 from fromzero.models.decoder import Cache, Decoder, room_for
 from fromzero.models.sampling import draw, penalised
 from fromzero.models.scores import context_of, device_of, end_to_end, learning, reading, scores_at
@@ -96,7 +96,7 @@ class _Shelf:
     """Texts by number whose caches have one room, and that cache"""
 
     cache: Cache
-    numbers: list[int] = field(default_factory=list)
+    numbers: list[int]
 
 
 class Batch:
@@ -144,13 +144,24 @@ class Batch:
         self._drop({number})
 
     def step(self) -> list[Made]:
-        """One more token of every text, in the order of their numbers."""
+        """One more token of every text, in the order of their numbers. Where it raises, every text is as it was before.
+
+        raises: NumbersError for a model whose scores are no numbers; what `allowed` and the model raise
+        """
         if not self._texts:
             return []
-        with reading(self.model, self._learning):
-            numbers, scores = self._decoded() if isinstance(self.model, Decoder) else self._read_whole()
-        rows = dict(zip(numbers, scores.double().cpu(), strict=True))  # waits for the device
-        made = [self._made(number, text, rows[number]) for number, text in self._texts.items()]
+        masks = {n: text.allowed(text.ids[text.begun :]) for n, text in self._texts.items() if text.allowed is not None}
+        try:
+            with reading(self.model, self._learning):
+                numbers, scores = self._decoded() if isinstance(self.model, Decoder) else self._read_whole()
+            scores = scores.double().cpu()  # waits for the device
+            if scores.isnan().any():
+                raise NumbersError("the model's scores are no numbers", mend="its weights may be broken: fetch or train it anew")
+        except BaseException:
+            self._shelves.clear()  # what was read of which text is not sure now: all are read anew
+            raise
+        rows = dict(zip(numbers, scores, strict=True))
+        made = [self._made(number, text, rows[number], masks.get(number)) for number, text in self._texts.items()]
         gone = {one.number for one in made if one.ended}
         for number in gone:
             del self._texts[number]
@@ -207,13 +218,12 @@ class Batch:
             elif len(rows) < len(shelf.numbers):
                 self._shelves[room] = _Shelf(shelf.cache.part(rows), [shelf.numbers[row] for row in rows])
 
-    def _made(self, number: int, text: _Text, scores: Tensor) -> Made:
+    def _made(self, number: int, text: _Text, scores: Tensor, mask: Tensor | None) -> Made:
         """scores: (V,) float64"""
         asked = text.sampling
         logs = scores.log_softmax(dim=0)
         if asked.repetition_penalty != 1:
             scores = penalised(scores, text.ids, asked.repetition_penalty)
-        mask = None if text.allowed is None else text.allowed(text.ids[text.begun :])
         if mask is not None:
             size = min(len(mask), len(scores))  # an embedding may have more rows than there are tokens
             scores = torch.full_like(scores, -torch.inf).index_copy(0, torch.arange(size), scores[:size])
@@ -221,8 +231,8 @@ class Batch:
             if not scores.isfinite().any():
                 return Made(number, NOTHING, 0.0, (), "stop")
         token = draw(scores, asked.temperature, asked.top_k, asked.top_p, text.generator, asked.min_p)
-        best = logs.topk(min(asked.logprobs, len(logs)))
-        likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+        best = logs.topk(min(asked.logprobs, len(logs))) if asked.logprobs else None
+        likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else ()
         if token in self.stops:
             return Made(number, token, float(logs[token]), likeliest, "stop")
         text.ids.append(token)
