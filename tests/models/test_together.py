@@ -64,6 +64,12 @@ def test_texts_that_join_and_leave_at_any_step_get_the_tokens_they_get_alone(cas
         again, logs_again, ended_again = (part[: len(tokens)] for part in told(alone(model, ids, sampling)))
         assert (tokens, ended) == (again, ended_again)
         assert logs == pytest.approx(logs_again, abs=1e-10)
+        if not tokens:  # it left before its first step
+            continue
+        read = [[*ids, *tokens[:n]] for n in range(len(tokens))]  # without any cache
+        rows = torch.tensor([len(one) for one in read]).cumsum(0) - 1
+        whole = scores_at(model, read, rows.tolist()).log_softmax(1)[torch.arange(len(tokens)), tokens]
+        assert logs == pytest.approx(whole.tolist(), abs=1e-10)
 
 
 @pytest.mark.parametrize("model", [RNN(outputs=97, vocabulary=97, width=16, per="token"), Own()])
@@ -127,7 +133,14 @@ def test_what_a_text_held_is_freed_when_it_is_removed_or_ends_and_no_cache_is_tw
     batch.remove(long)
     batch.remove(long)
     assert held(batch) == one * (64 + 64) and len(batch) == 2
-    ended = [made for _ in range(3) for made in batch.step() if made.ended]
+    crowd = [batch.add([6] * 64, Sampling(most=9)), batch.add([6] * 60, Sampling(most=9))]
+    batch.step()
+    assert held(batch) == one * 64 * 4
+    batch.step()
+    assert held(batch) == one * (64 * 3 + 128), "the one that is full moves to a cache of twice the room, the others stay"
+    for number in crowd:
+        batch.remove(number)
+    ended = [made for _ in range(1) for made in batch.step() if made.ended]
     assert [made.number for made in ended] == short[:1] and held(batch) == one * 64
     batch.remove(short[1])
     assert held(batch) == 0 and len(batch) == 0 and batch.step() == []

@@ -48,3 +48,11 @@ def test_only_what_may_begin_a_stop_string_waits() -> None:
     assert stopped and [piece for piece in pieces if piece] == ["s", "o", "\n\nUse ", "i", "t"]
     pieces, stopped = spelled(BYTES, ids[:6], ["\n\nUser:"])
     assert not stopped and pieces[-1] == "\n\nUs", "at the end it is given out"
+
+
+def test_of_several_that_end_in_one_token_that_counts_which_is_whole_first() -> None:
+    longer = tk.byte_pairs(["xxabyy " * 50], 270)
+    for tokenizer, count in ((longer, 1), (BYTES, 6)):
+        (ids,) = tk.encode(tokenizer, ["xxabyy"], special=False)
+        pieces, stopped = spelled(tokenizer, ids, ["xxabyy", "ab"])
+        assert len(ids) == count and stopped and "".join(pieces) == "xx"
