@@ -319,15 +319,33 @@ def predict(
     return predict_with(saved, saved.load(model).to(look_at_machine().device), inputs, told)
 
 
-def generate(source: str, prompt: str, *, max_tokens: int = 256, seed: int | None = 0, runs: str | Path = "runs", **drawn: Any) -> str:
+def generate(
+    source: str,
+    prompt: str | Sequence[str],
+    *,
+    max_tokens: int = 256,
+    seed: int | None = 0,
+    logprobs: int = 0,
+    runs: str | Path = "runs",
+    **asked: Any,
+) -> Any:
     """The text with which a model goes on from a prompt, taken as it stands: no chat template is put around it.
 
-    source:  `run:NAME`, a folder, a file or any published source
-    drawn:   temperature=0.0 (0 takes the likeliest token), top_k, top_p: which tokens are drawn from
+    source:    `run:NAME`, a folder, a file or any published source
+    prompt:    several are gone on with together; each one's text is the one that it gets alone
+    logprobs:  so many of the likeliest tokens are told beside each; what is returned is then what `--json` prints
+    asked:     temperature=0.0 (0 takes the likeliest token), top_k, top_p, min_p: which tokens are drawn from; repetition_penalty=1.0;
+               stop, texts that end it and are no part of it; schema, a JSON schema that it is held to (needs 'fromzero[schema]')
+    returns:   the text; of several prompts a list of them
     """
-    from fromzero.use.speak import complete, open_speaker
+    from fromzero.use.speak import complete, open_speaker, speak
 
-    return "".join(complete(open_speaker(source, Path(runs)), prompt, max_tokens=max_tokens, seed=seed, **drawn))
+    speaker, prompts = open_speaker(source, Path(runs)), [prompt] if isinstance(prompt, str) else prompt
+    speeches = [complete(speaker, one, max_tokens=max_tokens, seed=seed, logprobs=logprobs, **asked) for one in prompts]
+    for _ in speak(speeches):
+        pass
+    told = [speech.as_json() if logprobs else speech.text for speech in speeches]
+    return told[0] if isinstance(prompt, str) else told
 
 
 def chat(
@@ -338,18 +356,18 @@ def chat(
     max_tokens: int = 1024,
     seed: int | None = 0,
     runs: str | Path = "runs",
-    **drawn: Any,
+    **asked: Any,
 ) -> str:
     """A model's answer to messages ({"role": "user", "content": …}), by its own chat template.
 
-    source, drawn:  as in generate
+    source, asked:  as in generate
     tools:          functions that the model may call, as the template writes them: {"type": "function", "function": {"name": …}}
     raises:         ModelError for a model without a template or with one that writes no tools, or messages longer than its context
     """
     from fromzero.use.speak import converse, open_speaker
 
     speaker = open_speaker(source, Path(runs))
-    return "".join(converse(speaker, messages, tools, whole=True, max_tokens=max_tokens, seed=seed, **drawn))
+    return "".join(converse(speaker, messages, tools, whole=True, max_tokens=max_tokens, seed=seed, **asked))
 
 
 def evaluate(

@@ -38,6 +38,10 @@ AnySource = Annotated[str, typer.Argument(metavar="MODEL", help="run:NAME, a fol
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token each time; 1 draws them as the model expects them")]
 TopK = Annotated[int | None, typer.Option(min=1, help="draw only from so many of the likeliest tokens")]
 TopP = Annotated[float | None, typer.Option(min=0, max=1, help="draw only from the fewest tokens whose shares reach this")]
+MinP = Annotated[float | None, typer.Option(min=0, max=1, help="draw only from tokens at least this likely, as a part of the likeliest")]
+Penalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1: tokens that stand in the text already become less likely")]
+Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="a text that ends it, and is no part of it; may be repeated")]
+SchemaFile = Annotated[str | None, typer.Option(metavar="FILE", help="a JSON schema that what is written is held to")]
 Seed = Annotated[int, typer.Option(help="of what is drawn")]
 
 
@@ -292,28 +296,41 @@ def evaluate(
 @app.command()
 def generate(
     model: AnySource,
-    prompt: Annotated[str, typer.Option(help="the text to go on with, as it stands: without a chat template")],
+    prompt: Annotated[list[str], typer.Option(help="the text to go on with, as it stands: without a chat template; may be repeated")],
     max_tokens: Annotated[int, typer.Option(min=1, help="tokens at most")] = 256,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = None,
+    schema: SchemaFile = None,
+    logprobs: Annotated[int, typer.Option(min=0, help="with --json: how many of the likeliest are told beside each token")] = 0,
     seed: Seed = 0,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Go on with a text, as a language model does. With --json: text, tokens, and why it stopped (stop, length or context)."""
+    """Go on with a text, as a language model does. With --json: text, tokens, and why it stopped (stop, length or context).
+
+    Several prompts are gone on with together; with --json: a list of such values."""
 
     def work() -> Any:
-        from fromzero.use.speak import complete, open_speaker
+        from fromzero.use.schema import read_schema
+        from fromzero.use.speak import complete, open_speaker, speak
 
-        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        speech, text = complete(open_speaker(model, Path(runs)), prompt, max_tokens=max_tokens, **drawn), ""
-        for piece in speech:
-            text += piece
-            if not as_json:
+        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "logprobs": logprobs}
+        asked: dict[str, Any] = {**drawn, "repetition_penalty": repetition_penalty, "max_tokens": max_tokens, "stop": stop or ()}
+        asked["schema"] = None if schema is None else read_schema(schema)
+        speaker = open_speaker(model, Path(runs))
+        speeches = [complete(speaker, one, **asked) for one in prompt]
+        for _, piece in speak(speeches):
+            if not as_json and len(speeches) == 1:
                 print(piece, end="", flush=True)
-        return _Both(("", {"text": text, "tokens": len(speech.ids), "stopped": speech.stopped}))
+        told = [speech.as_json() for speech in speeches]
+        if len(told) == 1:
+            return _Both(("", told[0]))
+        return _Both(("\n\n".join(f"» {one}\n{speech.text}" for one, speech in zip(prompt, speeches, strict=True)), told))
 
     _answer(work, as_json, debug, str)
 
@@ -326,6 +343,10 @@ def chat(
     temperature: Temperature = 0.0,
     top_k: TopK = None,
     top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = 1.0,
+    stop: Stop = None,
+    schema: SchemaFile = None,
     seed: Seed = 0,
     runs: Runs = "runs",
     as_json: AsJson = False,
@@ -334,11 +355,14 @@ def chat(
     """Talk with a model, through its own chat template; /help lists what else can be typed. In a pipe: one question a line."""
 
     def work() -> Any:
+        from fromzero.use.schema import read_schema
         from fromzero.use.speak import open_speaker
         from fromzero.use.terminal import talk
 
-        drawn = {"max_tokens": max_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p, "seed": seed}
-        return _Both(("", {"turns": talk(open_speaker(model, Path(runs)), system=system, quiet=as_json, **drawn)}))
+        drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+        asked: dict[str, Any] = {**drawn, "repetition_penalty": repetition_penalty, "max_tokens": max_tokens, "stop": stop or ()}
+        asked["schema"] = None if schema is None else read_schema(schema)
+        return _Both(("", {"turns": talk(open_speaker(model, Path(runs)), system=system, quiet=as_json, **asked)}))
 
     _answer(work, as_json, debug, str)
 

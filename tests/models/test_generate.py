@@ -12,8 +12,10 @@ from transformers import CONFIG_MAPPING
 from fromzero.errors import ShapeError, UserError
 from fromzero.models.decoder import Cache, Decoder
 from fromzero.models.decoder_families import DECODERS, decoder_config
-from fromzero.models.generate import context_of, draw, generate, scores_at
+from fromzero.models.generate import generate
 from fromzero.models.rnn import RNN
+from fromzero.models.sampling import draw
+from fromzero.models.scores import context_of, scores_at
 from tests.parity.test_decoders import CASES
 
 TOKENS = torch.randint(97, (44,), generator=torch.Generator().manual_seed(1))
@@ -51,26 +53,31 @@ def test_every_family_scores_the_same_with_a_cache_as_without(case: str, dtype: 
     model, cache, read = build(case, dtype), Cache(), 0
     for size in (21, 6, 4, *[1] * 13):
         bit = TOKENS[read : read + size]
-        ours = model.scores(model.states(bit, torch.tensor([0, size]), cache))
+        ours = model.scores(model.states(bit, torch.tensor([0, size]), [cache]))
         read += size
         theirs = whole(model, read)[-size:]
         assert ours.shape == theirs.shape
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max(), f"after {read} tokens"
-    assert read == len(TOKENS) and torch.equal(cache.tokens, TOKENS)
+    assert read == len(TOKENS) and cache.texts == [TOKENS.tolist()]
 
 
 @torch.no_grad()
-def test_a_layer_with_a_window_keeps_no_more_than_the_next_token_sees() -> None:
+def test_a_layer_with_a_window_keeps_no_more_than_its_window() -> None:
     model, cache = build("gemma2", torch.float32), Cache()
-    model.states(TOKENS[:40], torch.tensor([0, 40]), cache)
-    kept = [len(past.k) for past in cache.layers if past.k is not None]
-    assert sorted(set(kept)) == [15, 40] and [layer.window for layer in model.config.layers] == [16 if n == 15 else None for n in kept]
+    model.states(TOKENS[:40], torch.tensor([0, 40]), [cache])
+    kept = [past.k.untyped_storage().nbytes() // (4 * past.k[0, 0].numel()) for past in cache.layers if past.k is not None]
+    assert sorted(set(kept)) == [16, 64] and [layer.window for layer in model.config.layers] == [16 if n == 16 else None for n in kept]
 
 
-def test_a_cache_holds_one_document() -> None:
-    model = build("llama", torch.float32)
-    with pytest.raises(ShapeError, match="2 documents for one cache; give each document a cache of its own"):
-        model.states(TOKENS[:4], torch.tensor([0, 2, 4]), Cache())
+@torch.no_grad()
+def test_every_document_has_a_place_in_a_cache_and_begun_ones_go_on_by_one_token() -> None:
+    model, cache = build("llama", torch.float32), Cache([[], []])
+    with pytest.raises(ShapeError, match="1 documents for caches of 2; give each document a place in a cache"):
+        model.states(TOKENS[:4], torch.tensor([0, 4]), [cache])
+    model.states(TOKENS[:4], torch.tensor([0, 1, 4]), [cache])
+    assert cache.texts == [TOKENS[:1].tolist(), TOKENS[1:4].tolist()]
+    with pytest.raises(ShapeError, match="documents that were begun go on by one token each; read a new one by itself"):
+        model.states(TOKENS[:4], torch.tensor([0, 1, 4]), [cache])
 
 
 class Own(nn.Module):

@@ -14,8 +14,9 @@ from tokenizers import Tokenizer, decoders, models
 import fromzero as fz
 import fromzero.use.speak as speak
 from fromzero.data import tokens as tk
-from fromzero.models.generate import scores_at
-from fromzero.use.speak import as_text, complete, converse, open_speaker
+from fromzero.models.scores import scores_at
+from fromzero.use.speak import complete, converse, open_speaker
+from fromzero.use.spelling import as_text
 from tests.use.conftest import BLUE, CONTEXT, FRANCE, JAPAN, PARIS, SKY, TEMPLATE, TOKYO, Terminal, turns
 from tests.use.test_commands import Done, fromzero
 
@@ -227,17 +228,15 @@ def test_chat_in_a_pipe_answers_each_line_and_obeys_its_commands(talker: Path, t
 
 
 def test_at_a_terminal_a_mistake_is_said_and_ctrl_c_stops_one_answer(talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = speak.generate
+    step, steps = speak.Batch.step, []
 
-    def interrupted(*given, **asked):
-        for number, token in enumerate(made(*given, **asked)):
-            if number == 2 and not done:
-                done.append(True)
-                raise KeyboardInterrupt
-            yield token
+    def interrupted(batch):
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(batch)
 
-    done: list[bool] = []
-    monkeypatch.setattr(speak, "generate", interrupted)
+    monkeypatch.setattr(speak.Batch, "step", interrupted)
     typed = f"{FRANCE}\n/rest\n{'x' * 200}\n/save kept.json\n/reset\n{FRANCE}\n"
     said = command(monkeypatch, typed, "chat", str(talker), cwd=tmp_path, kind=Terminal)
     assert said.returncode == 0 and said.stdout.count("»") == 7 and PARIS in said.stdout

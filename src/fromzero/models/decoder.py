@@ -1,20 +1,23 @@
 """Decoder: tokens of documents end to end in, scores of each next token out; or K scores a document from its last token.
 
 One implementation for all families: a DecoderConfig says what a family is. Knows no published file and no name of one.
-Dims: B documents, N tokens end to end, D width, H query heads, G key/value heads, K head width, F hidden width, V vocabulary, L layers.
+Dims: B documents, N tokens end to end, D width, H query heads, G key/value heads, K head width, F hidden width, V vocabulary, L layers,
+R documents of a cache.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fromzero.errors import ModelError, ShapeError
-from fromzero.models.layers.attention import Attend, Past
+from fromzero.models.layers.attention import Attend, Bits, Kept, Past, bits_of
 from fromzero.models.layers.documents import Documents, documents_of
 from fromzero.models.layers.experts import Experts
 from fromzero.models.layers.feedforward import FeedForward
@@ -83,10 +86,40 @@ class DecoderConfig:
 
 @dataclass
 class Cache:
-    """A document as far as it was read, and what each layer keeps of it. tokens: (T,) int64"""
+    """What a decoder keeps of R documents that are read bit by bit, with room for equally many tokens of each.
 
-    tokens: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    texts:   the tokens that were read of each
+    room:    a power of two; it is widened where a document needs more
+    layers:  keys and values
+    """
+
+    texts: list[list[int]] = field(default_factory=lambda: [[]])
+    room: int = 0
     layers: list[Past] = field(default_factory=list)
+
+    def widen(self, room: int) -> None:
+        for past in self.layers:
+            past.widen(room)
+        self.room = room
+
+    def part(self, rows: Sequence[int]) -> Cache:
+        """A copy of some documents; what is held of the others is freed with this one."""
+        taken = Cache([self.texts[row] for row in rows], self.room, [replace(past) for past in self.layers])
+        for past in taken.layers:
+            past.change(lambda t: t[list(rows)])
+        return taken
+
+    def join(self, other: Cache) -> None:
+        """The documents of another with the same room stand behind these."""
+        self.texts += other.texts
+        for past, more in zip(self.layers, other.layers, strict=True):
+            assert past.k is not None and past.v is not None and more.k is not None and more.v is not None
+            past.k, past.v = torch.cat([past.k, more.k]), torch.cat([past.v, more.v])
+
+
+def room_for(tokens: int) -> int:
+    """Tokens of each document that a cache has room for, when the longest has so many."""
+    return int(max(64, 1 << (tokens - 1).bit_length()))
 
 
 class Embedding(nn.Module):
@@ -131,20 +164,23 @@ class SelfAttention(nn.Module):
         self.qkv = nn.Linear(config.width, sum(self.sizes), bias=config.qkv_bias)
         normed = self.sizes[:2] if config.qk_norm == "projection" else [config.head_width] * 2
         self.q_norm, self.k_norm = (nn.Identity() if config.qk_norm == "none" else config.norm_of(width) for width in normed)
-        self.normed = normed
+        self.is_normed, self.normed = config.qk_norm != "none", normed
         reach = None if layer.window is None else layer.window - 1
         self.attend = Attend(causal=True, reach=reach, scale=config.attention_scale, softcap=config.attention_cap)
         self.out = nn.Linear(self.sizes[0], config.width, bias=config.out_bias)
 
-    def forward(self, x: Tensor, documents: Documents, turn: Turn | None, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents, turn: Turn | None, kept: Kept | None = None) -> Tensor:
         """x: (N, D).  returns: (N, D)"""
-        q, k, v = self.qkv(x).split(self.sizes, dim=-1)
+        both, v = self.qkv(x).split([sum(self.sizes[:2]), self.sizes[2]], dim=-1)
         v = v.unflatten(-1, (-1, self.head_width))  # (N, G, K)
-        q = self.q_norm(q.unflatten(-1, (-1, self.normed[0]))).reshape(len(x), -1, self.head_width)  # (N, H, K)
-        k = self.k_norm(k.unflatten(-1, (-1, self.normed[1]))).reshape(len(x), -1, self.head_width)  # (N, G, K)
+        if self.is_normed:
+            parts = zip((self.q_norm, self.k_norm), both.split(self.sizes[:2], dim=-1), self.normed, strict=True)
+            both = torch.cat([norm(part.unflatten(-1, (-1, width))).flatten(1) for norm, part, width in parts], dim=-1)
+        both = both.unflatten(-1, (-1, self.head_width))  # (N, H + G, K): queries and keys are turned in one go
         if turn is not None:
-            q, k = (rotate(t, *turn, interleaved=self.interleaved) for t in (q, k))
-        mixed = self.attend(q.to(v.dtype), k.to(v.dtype), v, documents, past)  # autocast norms and turns in float32
+            both = rotate(both, *turn, interleaved=self.interleaved)
+        q, k = both.split([size // self.head_width for size in self.sizes[:2]], dim=1)  # (N, H, K)  (N, G, K)
+        mixed = self.attend(q.to(v.dtype), k.to(v.dtype), v, documents, kept)  # autocast norms and turns in float32
         out: Tensor = self.out(mixed.flatten(1))
         return out
 
@@ -174,9 +210,9 @@ class Block(nn.Module):
         self.after_mlp = config.norm_of(config.width) if after else nn.Identity()
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, documents: Documents, turn: Turn | None, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, documents: Documents, turn: Turn | None, kept: Kept | None = None) -> Tensor:
         """x: (N, D).  returns: (N, D)"""
-        x = x + self.dropout(self.after_attention(self.attention(self.before_attention(x), documents, turn, past)))
+        x = x + self.dropout(self.after_attention(self.attention(self.before_attention(x), documents, turn, kept)))
         added: Tensor = self.dropout(self.after_mlp(self.mlp(self.before_mlp(x))))
         return x + added
 
@@ -234,27 +270,64 @@ class Decoder(nn.Module):
         """tokens: (N,) int64.  offsets: (B + 1,) int64.  returns: (N, V), or (B, K) with outputs"""
         return self.scores(self.states(tokens, offsets))
 
-    def states(self, tokens: Tensor, offsets: Tensor, cache: Cache | None = None) -> Tensor:
+    def states(self, tokens: Tensor, offsets: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
         """What the head reads.  returns: (N, D), or (B, D) with outputs: each document's last token
 
-        cache:   what was read of one document before these tokens; they are added to it
-        raises:  ShapeError for tokens and offsets that do not fit, or several documents with one cache
+        caches:  what was read before of the documents: those of the first cache, then those of the second …; the tokens are added.
+                 Begun documents go on by one token each, a single one by any number
+        raises:  ShapeError for tokens and offsets that do not fit, or documents that the caches do not hold
         """
-        if cache is not None and len(offsets) != 2:
-            raise ShapeError(f"{len(offsets) - 1} documents for one cache", mend="give each document a cache of its own")
-        past = 0 if cache is None else len(cache.tokens)
-        if cache is not None:
-            whole = torch.cat([cache.tokens.to(tokens.device), tokens])
-            if any(rope.far and 0 < past <= rope.limit < len(whole) for rope in self.ropes):  # from here on every key is turned otherwise
-                cache.tokens, cache.layers = cache.tokens[:0], []
-                return self.states(whole, offsets.new_tensor([0, len(whole)]), cache)[-len(tokens) :]
-            cache.tokens, cache.layers = whole, cache.layers or [Past() for _ in self.blocks]
-        documents = documents_of(tokens, offsets, past)
+        if caches is not None:
+            return self._go_on(tokens, offsets, caches)
+        return self._states(tokens, documents_of(tokens, offsets), [None] * len(self.blocks))
+
+    def _go_on(self, tokens: Tensor, offsets: Tensor, caches: Sequence[Cache]) -> Tensor:
+        texts = [text for cache in caches for text in cache.texts]
+        if len(texts) != len(offsets) - 1:
+            raise ShapeError(f"{len(offsets) - 1} documents for caches of {len(texts)}", mend="give each document a place in a cache")
+        documents = documents_of(tokens, offsets, [len(text) for text in texts])
+        begun, counts = any(documents.pasts), documents.lengths
+        if begun and max(counts) > 1:
+            if len(counts) > 1:
+                raise ShapeError("documents that were begun go on by one token each", mend="read a new one by itself")
+            return torch.cat([self._go_on(token, offsets.new_tensor([0, 1]), caches) for token in tokens.split(1)])
+        said = iter(tokens.tolist())
+        new = [list(islice(said, count)) for count in counts]
+        if any(rope.far and 0 < len(text) == rope.limit for rope in self.ropes for text in texts):
+            return self._read_again([text + more for text, more in zip(texts, new, strict=True)], caches, tokens.device)
+        first, kept = 0, []
+        for cache in caches:
+            part = slice(first, first := first + len(cache.texts))
+            kept.append(self._prepared(cache, documents.pasts[part], counts[part], tokens.device))
+        states = self._states(tokens, documents, list(zip(*kept, strict=True)))
+        for text, more in zip(texts, new, strict=True):
+            text += more  # last, so that a call that fails changes no document
+        return states
+
+    def _read_again(self, texts: Sequence[list[int]], caches: Sequence[Cache], device: torch.device) -> Tensor:
+        """Where from one token on every key of a document is turned otherwise.  returns: (B, D) of the last tokens"""
+        offsets = torch.tensor([0, *map(len, texts)], device=device).cumsum(0)
+        fresh = [Cache([[] for _ in cache.texts], cache.room) for cache in caches]
+        states = self._go_on(torch.tensor([token for text in texts for token in text], device=device), offsets, fresh)
+        for cache, read in zip(caches, fresh, strict=True):
+            cache.texts, cache.layers, cache.room = read.texts, read.layers, read.room
+        return states if self.outputs is not None else states[offsets[1:] - 1]
+
+    def _prepared(self, cache: Cache, pasts: Sequence[int], counts: Sequence[int], device: torch.device) -> list[tuple[Past, Bits]]:
+        """What each layer keeps, with room for the new tokens, and where it puts them."""
+        cache.layers = cache.layers or [Past(layer.window) for layer in self.config.layers]
+        longest = max(past + count for past, count in zip(pasts, counts, strict=True))
+        if longest > cache.room:
+            cache.widen(room_for(longest))
+        rooms = [past.places(cache.room) for past in cache.layers]
+        bits = {room: bits_of(pasts, counts, room, device) for room in set(rooms)}
+        return [(past, bits[room]) for past, room in zip(cache.layers, rooms, strict=True)]
+
+    def _states(self, tokens: Tensor, documents: Documents, kept: Sequence[Kept | None]) -> Tensor:
         x = self.embedding(tokens, documents)
         turned = {rope: turns(rope, documents, dtype=x.dtype) for rope in self.ropes}
-        pasts = [None] * len(self.blocks) if cache is None else cache.layers
-        for block, layer, kept in zip(self.blocks, self.config.layers, pasts, strict=True):
-            x = block(x, documents, turned[layer.rope] if layer.rope is not None else None, kept)
+        for block, layer, held in zip(self.blocks, self.config.layers, kept, strict=True):
+            x = block(x, documents, turned[layer.rope] if layer.rope is not None else None, held)
         states: Tensor = x if self.outputs is None else x[documents.last]
         return states
 

@@ -20,7 +20,7 @@ import fromzero.data.tokens as tk
 from fromzero.data.opening import find_path
 from fromzero.data.table import read_objects, refuse
 from fromzero.errors import DataError, Fault, UserError, did_you_mean
-from fromzero.models.generate import scores_at
+from fromzero.models.scores import scores_at
 from fromzero.use.speak import Speaker, complete, converse
 
 FIGURES = ("accuracy", "accuracy_norm", "exact", "contains")

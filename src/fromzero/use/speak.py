@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,16 @@ import fromzero.data.tokens as tk
 from fromzero.data import ChatFormat, TextFormat
 from fromzero.data.turns import Conversation, Encoded, Messages, encode_conversations, encode_prompt
 from fromzero.devices import look_at_machine
-from fromzero.errors import DataError, ModelError
+from fromzero.errors import DataError, ModelError, UserError
 from fromzero.models import FAMILIES
-from fromzero.models.generate import context_of, generate
+from fromzero.models.scores import context_of
+from fromzero.models.together import Batch, Made, Sampling
 from fromzero.runner.start import Start, build_published, find_start, published_of
+from fromzero.use.schema import Rule, rule_of
+from fromzero.use.spelling import Spelling
 
-BROKEN = "\ufffd"  # what a tokenizer shows for the bytes of a character that is not whole
 NEAR = 8  # tokens of a prompt that stand before the first one made, which may begin with a space only because of them
+TOGETHER = 16  # texts that are made at a time; each holds the keys and values of all its tokens
 
 
 @dataclass(frozen=True)
@@ -98,76 +101,118 @@ def _ends(start: Start, tokenizer: str, chat: ChatFormat | None) -> frozenset[in
 
 @dataclass
 class Speech:
-    """Text as it is made: iterate once. Afterwards `ids` are the tokens, and `stopped` says why there are no more.
+    """Text as it is made: iterate once. Afterwards `text`, `made` and `ids` hold what was said, and `stopped` why there is no more.
 
     prompt:   the ids that it goes on from;  near: those whose text it stands beside
-    most:     tokens at most
+    stop:     texts that end it, and are no part of it
+    rule:     which tokens may follow
     dropped:  messages of the conversation that had no room in the context
+    made:     its tokens, those of a stop string included
+    stopped:  stop, it ended by itself or at a stop string; length, `most` tokens were made; context, the model reads no more
     """
 
     speaker: Speaker
     prompt: list[int]
     near: list[int]
-    most: int
-    drawn: Mapping[str, Any]
+    asked: Sampling
+    stop: tuple[str, ...] = ()
+    rule: Rule | None = None
     dropped: int = 0
-    ids: list[int] = field(default_factory=list)
+    made: list[Made] = field(default_factory=list)
+    text: str = ""
+    stopped: str = ""
+
+    def __post_init__(self) -> None:
+        if "" in self.stop:
+            raise UserError("a stop string is empty", mend="leave it out")
+        self._spelling = Spelling(self.speaker.tokenizer, self.near, self.stop)
 
     def __iter__(self) -> Iterator[str]:
-        made = generate(self.speaker.model, self.prompt, most=self.most, stops=self.speaker.stops, **self.drawn)
-        return as_text(self.speaker.tokenizer, self._noted(made), self.near)
-
-    def _noted(self, made: Iterator[int]) -> Iterator[int]:
-        for token in made:
-            self.ids.append(token)
-            yield token
+        return (piece for _, piece in speak([self]))
 
     @property
-    def stopped(self) -> str:
-        """stop: it ended by itself; length: `most` were made; context: the model reads no more"""
-        full = len(self.prompt) + len(self.ids) >= self.speaker.context
-        return "length" if len(self.ids) >= self.most else "context" if full else "stop"
+    def ids(self) -> list[int]:
+        return [made.token for made in self.made]
+
+    def heard(self, made: Made) -> str:
+        """Takes in one more token.  returns: the text that is sure now"""
+        ended, piece = made.ended, ""
+        if ended != "stop":
+            self.made.append(made)
+            piece = self._spelling.add(made.token)
+        if ended and not self._spelling.stopped:
+            piece += self._spelling.end()
+        self.stopped = "stop" if self._spelling.stopped else ended
+        self.text += piece
+        return piece
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints of it; with logprobs, in nats, where they were asked for."""
+        told: dict[str, Any] = {"text": self.text, "tokens": len(self.made), "stopped": self.stopped}
+        if self.asked.logprobs:
+            told["logprobs"] = [
+                {**self._told(one.token, one.logprob), "likeliest": [self._told(*other) for other in one.likeliest]} for one in self.made
+            ]
+        return told
+
+    def _told(self, token: int, logprob: float) -> dict[str, Any]:
+        return {"id": token, "text": tk.decode(self.speaker.tokenizer, [token]), "logprob": logprob}
 
 
-def as_text(tokenizer: str, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
-    """The text of ids as they come, in whole characters: what is not whole waits for the next, and at the end is left out.
+def speak(speeches: Sequence[Speech]) -> Iterator[tuple[Speech, str]]:
+    """The pieces of several texts of one speaker as they are made, TOGETHER at a time: when one ends, the next begins.
 
-    before: ids whose text stands before and is not given
+    raises: ModelError at the end, where a text that is held to a schema was cut
     """
-    window, said = list(before), tk.decode(tokenizer, before)
-    fresh: list[int] = []
-    text = said
-    for token in ids:
-        fresh.append(token)
-        text = tk.decode(tokenizer, [*window, *fresh])
-        if not text.endswith(BROKEN) and len(text) > len(said):
-            yield text[len(said) :]
-            window, fresh = fresh, []  # they stay as what stands before: a token by itself may be written otherwise
-            text = said = tk.decode(tokenizer, window)
-    if rest := text[len(said) :].rstrip(BROKEN):
-        yield rest
+    if not speeches:
+        return
+    batch, waiting, writing = Batch(speeches[0].speaker.model, speeches[0].speaker.stops), list(speeches), {}
+    while waiting or len(batch):
+        while waiting and len(batch) < TOGETHER:
+            speech = waiting.pop(0)
+            writing[batch.add(speech.prompt, speech.asked, allowed=speech.rule)] = speech
+        for made in batch.step():
+            speech = writing[made.number]
+            if piece := speech.heard(made):
+                yield speech, piece
+            if speech.stopped:
+                batch.remove(made.number)
+    for speech in speeches:
+        if speech.rule is not None and (fault := speech.rule.fault(speech.ids)):
+            said = f"'{speech.text[-40:]}' is no whole JSON of the schema"
+            raise ModelError(said, why=fault, mend="raise max_tokens, or bound lengths in the schema", key="schema")
 
 
-def complete(speaker: Speaker, prompt: str, *, max_tokens: int = 256, **drawn: Any) -> Speech:
+def complete(speaker: Speaker, prompt: str, *, max_tokens: int = 256, stop: Sequence[str] = (), schema: Any = None, **drawn: Any) -> Speech:
     """The model goes on with raw text.
 
-    drawn:   temperature, top_k, top_p, seed: see models.generate
-    raises:  ModelError where the prompt leaves no room in the model's context
+    stop:    texts that end it
+    schema:  a JSON schema that it is held to
+    drawn:   temperature, top_k, top_p, min_p, repetition_penalty, seed, logprobs: see models.together
+    raises:  ModelError where the prompt leaves no room in the model's context; what rule_of raises
     """
     ids = _with_room(speaker, speaker.encode(prompt), "the prompt")
-    return Speech(speaker, ids, ids[-NEAR:], max_tokens, drawn)
+    return _speech(speaker, ids, ids[-NEAR:], max_tokens, stop, schema, drawn)
 
 
 def converse(
-    speaker: Speaker, messages: Messages, tools: Messages | None = None, *, max_tokens: int = 1024, whole: bool = False, **drawn: Any
+    speaker: Speaker,
+    messages: Messages,
+    tools: Messages | None = None,
+    *,
+    max_tokens: int = 1024,
+    whole: bool = False,
+    stop: Sequence[str] = (),
+    schema: Any = None,
+    **drawn: Any,
 ) -> Speech:
     """The model's answer to a conversation. The oldest turns that leave it no room are left out, a first system message is not.
 
     tools:   what the model may call, for the template to write; never left out
     whole:   nothing is left out; it is refused where it is too long
-    drawn:   temperature, top_k, top_p, seed: see models.generate
+    stop, schema, drawn: as in complete
     raises:  ModelError without a chat template, with one that writes no tools, or where it is too long; DataError where the template
-             refuses the messages, or a tool is no object
+             refuses the messages, or a tool is no object; what rule_of raises
     """
     if wrong := [tool for tool in tools or () if not isinstance(tool, Mapping)]:
         raise DataError(f"a tool is {type(wrong[0]).__name__}, no object", mend='write {"type": "function", "function": {"name": …}}')
@@ -180,7 +225,15 @@ def converse(
         ids = speaker.encode_turns([*messages[:begin], *messages[first:]], tools)
         if whole or len(ids) + room <= speaker.context:
             break
-    return Speech(speaker, _with_room(speaker, ids, "the conversation"), [], max_tokens, drawn, dropped=first - begin)
+    ids = _with_room(speaker, ids, "the conversation")
+    return replace(_speech(speaker, ids, [], max_tokens, stop, schema, drawn), dropped=first - begin)
+
+
+def _speech(
+    speaker: Speaker, prompt: list[int], near: list[int], most: int, stop: Sequence[str], schema: Any, drawn: Mapping[str, Any]
+) -> Speech:
+    rule = None if schema is None else rule_of(schema, speaker.tokenizer, speaker.stops)
+    return Speech(speaker, prompt, near, Sampling(most=most, **drawn), (stop,) if isinstance(stop, str) else tuple(stop), rule)
 
 
 def _with_room(speaker: Speaker, ids: list[int], what: str) -> list[int]:

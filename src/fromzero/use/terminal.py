@@ -16,22 +16,22 @@ HELP = {
     "/save FILE": "write the conversation as JSON, in the shape that a model is trained on",
     "/tokens": "how full the model's context is",
     "/help": "this list",
-    "/exit": "end, as Ctrl-D does; Ctrl-C stops an answer",
+    "/exit": "end, as Ctrl-D does; Ctrl-C stops an answer, and nothing else",
 }
 
 
-def talk(speaker: Speaker, *, system: str | None, quiet: bool, **drawn: Any) -> list[dict[str, Any]]:
+def talk(speaker: Speaker, *, system: str | None, quiet: bool, **asked: Any) -> list[dict[str, Any]]:
     """Ask and answer until the input ends.
 
     quiet:    answers are returned and not written
-    drawn:    max_tokens, temperature, top_k, top_p, seed
+    asked:    as in converse
     returns:  each question with its answer
     raises:   what converse raises; at a terminal it is said there, and the conversation goes on without that question
     """
     first: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     said, forgotten, turns, at_terminal = list(first), 0, [], sys.stdin.isatty()
     speaker.encode_turns([*first, {"role": "user", "content": "a"}])  # a model that cannot chat says so before the first question
-    while (line := _line("» " if at_terminal and not quiet else "")) != "/exit":
+    while (line := _line("» " if at_terminal and not quiet else "", at_terminal)) != "/exit":
         heard = [*first, *said[len(first) + forgotten :]]
         try:
             if line == "/reset":
@@ -40,7 +40,7 @@ def talk(speaker: Speaker, *, system: str | None, quiet: bool, **drawn: Any) -> 
                 _say(_obey(speaker, line, said, heard))
             elif line:
                 question = {"role": "user", "content": line}
-                turn, dropped = _answer(speaker, [*heard, question], quiet, drawn)
+                turn, dropped = _answer(speaker, [*heard, question], quiet, asked)
                 turns.append(turn)
                 said, forgotten = [*said, question, {"role": "assistant", "content": turn["answer"]}], forgotten + dropped
         except (UserError, OSError) as error:
@@ -50,11 +50,16 @@ def talk(speaker: Speaker, *, system: str | None, quiet: bool, **drawn: Any) -> 
     return turns
 
 
-def _line(prompt: str) -> str:
+def _line(prompt: str, at_terminal: bool) -> str:
     try:
         return input(prompt).strip()
     except EOFError:
         return "/exit"
+    except KeyboardInterrupt:
+        if not at_terminal:
+            raise
+        _say("(/exit or Ctrl-D ends)")
+        return ""
 
 
 def _say(text: str) -> None:
@@ -74,9 +79,9 @@ def _obey(speaker: Speaker, line: str, said: list[dict[str, Any]], heard: list[d
     raise UserError(f"'{line}' is no command here", mend=did_you_mean(line, HELP) or f"they are {', '.join(HELP)}")
 
 
-def _answer(speaker: Speaker, messages: list[dict[str, Any]], quiet: bool, drawn: dict[str, Any]) -> tuple[dict[str, Any], int]:
+def _answer(speaker: Speaker, messages: list[dict[str, Any]], quiet: bool, asked: dict[str, Any]) -> tuple[dict[str, Any], int]:
     """returns: the question with its answer, and how many of the messages were left out"""
-    speech, answer, stopped = converse(speaker, messages, **drawn), "", None
+    speech, answer, stopped = converse(speaker, messages, **asked), "", None
     if speech.dropped:
         _say(f"the oldest {speech.dropped} messages are left out: the model reads {speaker.context} tokens")
     try:

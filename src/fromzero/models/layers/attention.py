@@ -2,12 +2,14 @@
 
 One formula, three paths, equal by test: `plain` writes the whole mask out, `documents` calls torch's fused kernel for
 all documents of one length together, `varlen` is torch's kernel for documents end to end (GPU only; not measured here).
-Dims: N tokens end to end, H query heads, G key/value heads, K head width, T length of a document, C documents of one length.
+Dims: N tokens end to end, H query heads, G key/value heads, K head width, T length of a document, C documents of one length;
+in what is kept of documents that are read bit by bit: R documents, C places for tokens of each.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,20 +21,81 @@ from fromzero.models.layers.documents import Documents, Group
 PATHS = ("plain", "documents", "varlen")
 
 
+@dataclass(frozen=True)
+class Bits:
+    """The next tokens of the R documents of a cache, and where a layer that keeps C places of each puts them: position p at p mod C.
+
+    counts:   new tokens of each document
+    room:     C
+    places:   (M,) int64 into the R · C places, of the tokens that stay
+    staying:  (M,) int64, which of the new ones those are; None where all stay
+    read:     places of the document that fills the most of them
+    seen:     (R, 1, 1, read) bool, those that each document fills; None where all do
+    """
+
+    counts: tuple[int, ...]
+    room: int
+    places: Tensor
+    staying: Tensor | None
+    read: int
+    seen: Tensor | None
+
+
+def bits_of(pasts: Sequence[int], counts: Sequence[int], room: int, device: torch.device) -> Bits:
+    """pasts: tokens of each document that were read before"""
+    places: list[int] = []
+    staying: list[int] = []
+    first = 0
+    for row, (past, count) in enumerate(zip(pasts, counts, strict=True)):
+        gone = max(count - room, 0)
+        places += [row * room + position % room for position in range(past + gone, past + count)]
+        staying += range(first + gone, first + count)
+        first += count
+    filled = [min(past + count, room) for past, count in zip(pasts, counts, strict=True)]
+    seen = None
+    if min(filled) < max(filled):
+        seen = torch.arange(max(filled), device=device) < torch.tensor(filled, device=device)[:, None, None, None]  # (R, 1, 1, read)
+    chosen = None if len(staying) == first else torch.tensor(staying, device=device)
+    return Bits(tuple(counts), room, torch.tensor(places, device=device), chosen, max(filled), seen)
+
+
 @dataclass
 class Past:
-    """What one layer keeps of a document that is read bit by bit: keys and values, (T, G, K) each."""
+    """What one layer keeps of the R documents of a cache: keys and values, (R, C, G, K) each.
 
+    C is never more than the window: of a document that is longer the last C tokens stay, in a ring.
+    """
+
+    window: int | None
     k: Tensor | None = None
     v: Tensor | None = None
 
-    def add(self, k: Tensor, v: Tensor, reach: int | None) -> tuple[Tensor, Tensor]:
-        """k, v: of the new tokens.  returns: with those before, of which only what the next token sees is kept"""
+    def places(self, room: int) -> int:
+        """C, in a cache with room for so many tokens of each document"""
+        return room if self.window is None else min(room, self.window)
+
+    def add(self, k: Tensor, v: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
+        """k, v: (N, G, K) of the new tokens.  returns: what is kept of all, (R, read, G, K) each"""
+        self.k, self.v = _put(self.k, k, bits), _put(self.v, v, bits)
+        return self.k[:, : bits.read], self.v[:, : bits.read]
+
+    def widen(self, room: int) -> None:
+        places = self.places(room)
+        self.change(lambda t: F.pad(t, (0, 0, 0, 0, 0, places - t.shape[1])))
+
+    def change(self, how: Callable[[Tensor], Tensor]) -> None:
         if self.k is not None and self.v is not None:
-            k, v = torch.cat([self.k, k]), torch.cat([self.v, v])
-        first = 0 if reach is None else max(len(k) - reach, 0)
-        self.k, self.v = k[first:], v[first:]
-        return k, v
+            self.k, self.v = how(self.k), how(self.v)
+
+
+def _put(kept: Tensor | None, new: Tensor, bits: Bits) -> Tensor:
+    if kept is None:  # zeros: what a mask leaves out is still multiplied by its weight of 0, and must be a number
+        kept = new.new_zeros(len(bits.counts), bits.room, *new.shape[1:])
+    kept.flatten(0, 1).index_copy_(0, bits.places, new if bits.staying is None else new[bits.staying])
+    return kept
+
+
+Kept = Sequence[tuple[Past, Bits]]  # of one layer: the documents of a call are those of the first, then of the second …
 
 
 class Attend(nn.Module):
@@ -50,12 +113,15 @@ class Attend(nn.Module):
         self.causal, self.reach, self.scale, self.softcap = causal, reach, scale, softcap
         self.path = "documents"
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, past: Past | None = None) -> Tensor:
-        """q: (N, H, K)  k, v: (N, G, K), G divides H.  past: added to, and seen too.  returns: (N, H, K)"""
-        if past is not None:
-            k, v = past.add(k, v, self.reach)
-            if documents.past:
-                return self._go_on(q, k, v, documents.positions)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, kept: Kept | None = None) -> Tensor:
+        """q: (N, H, K)  k, v: (N, G, K), G divides H.  kept: added to, and seen too.  returns: (N, H, K)"""
+        if kept is not None:
+            sizes = [sum(bits.counts) for _, bits in kept]
+            added = zip(kept, k.split(sizes), v.split(sizes), strict=True)
+            held = [(*past.add(keys, values, bits), bits.seen) for (past, bits), keys, values in added]
+            if any(documents.pasts):
+                parts = [self._next(part, *one) for part, one in zip(q.split(sizes), held, strict=True)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.path == "varlen" and self.softcap is None:
             return self._varlen(q, k, v, documents)
         if self.path == "plain":
@@ -89,21 +155,19 @@ class Attend(nn.Module):
         repeats = q.shape[1] // k.shape[1]  # both (N, H, K) and (C, H, T, K) have their heads there
         return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))
 
-    def _go_on(self, q: Tensor, k: Tensor, v: Tensor, positions: Tensor) -> Tensor:
-        """q: (N, H, K) of the new tokens; k, v: (T, G, K), they end with the new tokens'.  returns: (N, H, K)
+    def _next(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        """One token of each document.  q: (R, H, K)  k, v: (R, T, G, K)  seen: (R, 1, 1, T).  returns: (R, H, K)
 
         The heads that share a key stand under each other as rows: no key is copied for each of them.
         """
-        rows, groups = len(q), k.shape[1]
-        seen = self._visible(positions, positions[-1] + torch.arange(1 - len(k), 1, device=q.device))  # (N, T)
-        q = q.unflatten(1, (groups, -1)).permute(1, 2, 0, 3)  # (G, H/G, N, K)
-        out: Tensor = self._weigh(q.flatten(1, 2), k.transpose(0, 1), v.transpose(0, 1), seen.repeat(q.shape[1], 1))  # (G, H/G · N, K)
-        out = out.unflatten(1, (-1, rows)).permute(2, 0, 1, 3)  # (N, G, H/G, K)
-        return out.flatten(1, 2)
+        q, k, v = q.unflatten(1, (k.shape[2], -1)), k.transpose(1, 2), v.transpose(1, 2)  # (R, G, H/G, K)  (R, G, T, K)
+        if self.softcap is not None:
+            return self._weigh(q, k, v, seen).flatten(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale).flatten(1, 2)
 
-    def _visible(self, positions: Tensor, others: Tensor | None = None, owner: Tensor | None = None) -> Tensor:
-        """(T, T) bool: whether a row's token sees a column's; the columns are the rows where no others are given"""
-        ahead = positions[:, None] - (positions if others is None else others)  # (T, T)
+    def _visible(self, positions: Tensor, owner: Tensor | None = None) -> Tensor:
+        """(T, T) bool: whether a row's token sees a column's"""
+        ahead = positions[:, None] - positions  # (T, T)
         seen = torch.ones_like(ahead, dtype=torch.bool) if owner is None else owner[:, None] == owner
         if self.causal:
             seen = seen & (ahead >= 0)
@@ -111,12 +175,14 @@ class Attend(nn.Module):
             seen = seen & (ahead.abs() <= self.reach)
         return seen
 
-    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
-        """The formula written out: (…, T, K) each, seen (T, T)"""
+    def _weigh(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        """The formula written out: (…, T, K) each; seen fits (…, T, T), None where all is"""
         scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale)  # (…, T, T)
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
-        return scores.masked_fill(~seen, -torch.inf).softmax(dim=-1) @ v
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -torch.inf)
+        return scores.softmax(dim=-1) @ v
 
     def _varlen(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn  # imports the GPU kernels

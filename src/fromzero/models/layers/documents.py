@@ -6,6 +6,7 @@ Dims: N tokens of a batch end to end, B documents.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby, pairwise
 
@@ -27,18 +28,19 @@ class Group:
 class Documents:
     """offsets: (B + 1,) int64 from 0 to N.  positions: (N,) int64, each token's place in its own document.
 
-    past: how many tokens of a single document were read before these, and are kept in a cache
+    pasts: how many tokens of each document were read before these, and are kept in a cache; empty where there is none
     """
 
     offsets: Tensor
     lengths: tuple[int, ...]
     positions: Tensor
     groups: tuple[Group, ...]
-    past: int = 0
+    pasts: tuple[int, ...] = ()
 
     @property
     def longest(self) -> int:
-        return max(self.lengths, default=0) + self.past
+        pasts = self.pasts or (0,) * len(self.lengths)
+        return max((past + length for past, length in zip(pasts, self.lengths, strict=True)), default=0)
 
     @property
     def last(self) -> Tensor:
@@ -52,7 +54,7 @@ class Documents:
         return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=sum(self.lengths))
 
 
-def documents_of(tokens: Tensor, offsets: Tensor, past: int = 0) -> Documents:
+def documents_of(tokens: Tensor, offsets: Tensor, pasts: Sequence[int] = ()) -> Documents:
     """Look at the offsets once for all layers. On a GPU this waits for the device.
 
     raises: ShapeError where the offsets do not run from 0 to N, or a document is empty
@@ -64,11 +66,11 @@ def documents_of(tokens: Tensor, offsets: Tensor, past: int = 0) -> Documents:
             f"offsets {bounds[:6]}{' …' if len(bounds) > 6 else ''} do not fit {len(tokens)} tokens",
             why="they begin with 0, rise by each document's length of at least 1, and end with the number of tokens",
         )
-    device = tokens.device
-    positions = torch.arange(past, past + len(tokens), device=device) - torch.repeat_interleave(
-        offsets[:-1], offsets.diff(), output_size=len(tokens)
+    starts = offsets[:-1] - torch.tensor(pasts, device=offsets.device) if pasts else offsets[:-1]
+    positions = torch.arange(len(tokens), device=tokens.device) - torch.repeat_interleave(
+        starts, offsets.diff(), output_size=len(tokens)
     )  # (N,)
-    return Documents(offsets, lengths, positions, _groups(lengths), past)
+    return Documents(offsets, lengths, positions, _groups(lengths), tuple(pasts))
 
 
 def _groups(lengths: tuple[int, ...]) -> tuple[Group, ...]:

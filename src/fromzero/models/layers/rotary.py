@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -35,16 +36,20 @@ class Rope:
 
 def turns(rope: Rope, documents: Documents, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The cosines and sines of all tokens, (N, 1, R/2) each; a document's length decides, not its batch."""
-    places = documents.positions
-
-    def on_device(numbers: Sequence[float]) -> Tensor:
-        return torch.tensor(numbers, dtype=dtype if dtype == torch.float64 else torch.float32, device=places.device)
-
-    inverse = on_device(rope.frequencies)  # (R/2,)
+    wide, places = dtype if dtype == torch.float64 else torch.float32, documents.positions
+    inverse = _on_device(rope.frequencies, wide, places.device)  # (R/2,)
     if rope.far and documents.longest > rope.limit:
-        long = documents.offsets.diff()[documents.owner] + documents.past > rope.limit  # (N,)
-        inverse = torch.where(long[:, None, None], on_device(rope.far), inverse)  # (N, 1, R/2)
+        lengths = documents.offsets.diff()
+        lengths = lengths + torch.tensor(documents.pasts, device=lengths.device) if documents.pasts else lengths
+        long = lengths[documents.owner] > rope.limit  # (N,)
+        inverse = torch.where(long[:, None, None], _on_device(rope.far, wide, places.device), inverse)  # (N, 1, R/2)
     return angles(places, inverse, magnitude=rope.magnitude, dtype=dtype)
+
+
+@lru_cache(maxsize=32)
+def _on_device(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept: where tokens are made one by one, each would bring them over anew."""
+    return torch.tensor(numbers, dtype=dtype, device=device)
 
 
 def frequencies(base: float, width: int) -> tuple[float, ...]:
