@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from fromzero.runner import checkpoint
+from fromzero.runner.manifest import wrong_with
 
 CALLS = "?rename,?renameat,?renameat2,?mkdir,?mkdirat,?unlink,?unlinkat,?rmdir,openat,write,fsync"  # on any machine: ? before what a system may lack
 
@@ -47,6 +48,7 @@ def sweep(
         assert step is not None and not skipped, (name, k, skipped)
         state = again.restore(step).state()
         seen["old" if equal(state, old) else "new" if equal(state, new) else f"neither after {name} {k}"] += 1
+        assert not [path for path in folder.glob("step-?") if wrong_with(path)], (name, k)  # what is half gone has another name
         checkpoint.tidy(folder, skipped)
         assert {path.name for path in folder.iterdir()} <= {"latest", "step-2", "step-3"}, (name, k)
         job.save(folder, keep=1)  # the run goes on and comes through the same step

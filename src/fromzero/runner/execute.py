@@ -315,11 +315,8 @@ def _teller(observers: Sequence[Callable[[Event], None]], *, goes_on: bool) -> C
                 if not goes_on or error.errno not in FULL:
                     raise
                 listening.remove(observer)
-                tell(
-                    Warned(
-                        f"{type(observer).__name__} writes no more: {error.strerror}", "training goes on without what it would have written"
-                    )
-                )
+                what = f"{type(observer).__name__} writes no more: {error.strerror}"
+                tell(Warned(what, "training goes on without what it would have written"))
 
     return tell
 
