@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 import fromzero as fz
-from fromzero.errors import FromzeroError, UserError
+from fromzero.errors import FromzeroError, UserError, out_of_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -56,15 +56,12 @@ def _answer(work: Callable[[], Any], as_json: bool, debug: bool, text: Callable[
     except KeyboardInterrupt:
         print("interrupted; nothing was being saved", file=sys.stderr)
         raise SystemExit(130) from None
-    except MemoryError:
-        _fail(UserError("this machine's memory is full", mend="set limits.memory or a smaller batch"), as_json, debug)
-    except OSError as error:
-        _fail(
-            UserError(f"{error.strerror or error}", file=str(error.filename or ""), mend="free some space or name another folder"),
-            as_json,
-            debug,
-        )
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            _fail(UserError("this machine's memory is full", mend="set limits.memory or a smaller batch"), as_json, debug)
+        if isinstance(error, OSError):
+            mend = "free some space or name another folder"
+            _fail(UserError(f"{error.strerror or error}", file=str(error.filename or ""), mend=mend), as_json, debug)
         traceback.print_exc()
         print("this is a bug in fromzero: please report it with the lines above, the recipe and `fromzero --version`", file=sys.stderr)
         raise SystemExit(1) from None

@@ -107,6 +107,12 @@ def _wrong_with(step: Path) -> str:
     return ""
 
 
+def saved_weights(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
+    """Step and weights of the newest whole checkpoint; None where there is none."""
+    path, _ = find(folder)
+    return None if path is None else (int(path.name.removeprefix("step-")), read_tensors(path / "weights.safetensors"))
+
+
 def restore(step: Path, job: Job, best: Best) -> Progress:
     """Put weights, optimizer state and torch's random state back.  raises: SourceError where they do not fit"""
     weights = read_tensors(step / "weights.safetensors")

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fromzero.data import Loaded
 from fromzero.devices import give_back_memory, held_memory, keep_freed_memory, peak_memory
-from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError
+from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError, out_of_memory
 from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, StepDone, Warned
 from fromzero.runner import checkpoint, ledger
@@ -26,6 +26,7 @@ from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.folder import RESULT
 from fromzero.runner.lock import holding
 from fromzero.runner.loop import Best, train
+from fromzero.runner.numbers import refuse_wrong_weights, wrong_weights
 from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.progress import Progress
 from fromzero.runner.samples import samples
@@ -35,7 +36,6 @@ from fromzero.tuning import frozen_digest
 
 SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two checkpoints
 GIVE_BACK_SECONDS = 5.0  # at least between two times that freed memory goes back, for the next step takes it anew
-MOVED_AFTER = 3  # steps: a warm-up may begin at 0, and A beside a B of zeros gets its first gradient one step later
 SAMPLES = "samples.json"
 
 
@@ -92,11 +92,10 @@ def execute(
         if status == "done":  # what only further steps would need makes room for what is written
             job.optimizer.zero_grad()
             job.optimizer.state.clear()
-        result, kept = run.finish(status)
+        result = run.finish(status)
         tell(Finished(status, progress.step, progress.seconds, result))
     if error is not None:
         raise error
-    job.model.load_state_dict(kept)
     return Outcome(folder, result, job.model.eval())
 
 
@@ -110,8 +109,7 @@ class _Run:
         self.last: Evaluated | None = None
         self.kept: Evaluated | None = None
         self.samples: list[Sampled] = []
-        self.first = {name: _bits(p) for name, p in job.model.named_parameters() if p.requires_grad}
-        self.check_at = min(progress.step + MOVED_AFTER, job.plan.steps)
+        self.torn = False  # an update may have been begun and not ended
 
     def train(self) -> tuple[str, FromzeroError | None]:
         recipe, plan = self.job.plan.recipe, self.job.plan
@@ -122,16 +120,21 @@ class _Run:
                 self.tell(event)
                 if isinstance(event, StepDone):
                     self._keep_to_the_plan()
-                    if event.step == self.check_at:
-                        self._warn_of_the_unmoved()
                 if isinstance(event, Evaluated):
                     if recipe.task == "language" or self.progress.step == plan.steps:
                         self.sample()
                     self.last = event
                     self.kept = event if event.best or recipe.evaluate.keep == "last" or self.kept is None else self.kept
-                self._maybe_save()
+            refuse_wrong_weights(self.job, self.progress.step)
         except NumbersError as error:
             return "stopped", error
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self.torn = True
+            said = f"memory is out after step {self.progress.step} of {plan.steps}, where nothing can begin anew"
+            why = "the last checkpoint is as it was" if self.saved_step else "there was no checkpoint yet"
+            return "stopped", NumbersError(said, why=why, mend=f"free some, then {resume}; or take a smaller batch or model")
         if self.progress.step < plan.steps and self.stop.reason is not None:
             if self.stop.reason == "seconds":
                 return "stopped", NumbersError(
@@ -146,6 +149,8 @@ class _Run:
         return "done", None
 
     def _stopping(self) -> bool:
+        """Asked when a step and its evaluation are over: what is saved here is all of them, or none."""
+        self._maybe_save()
         limit = self.job.plan.recipe.limits.seconds
         if limit is not None and self.progress.seconds > limit:
             self.stop.reason = "seconds"
@@ -174,14 +179,6 @@ class _Run:
             give_back_memory(collect=False)
             self.gave_back_at = now
 
-    def _warn_of_the_unmoved(self) -> None:
-        parameters = dict(self.job.model.named_parameters())
-        still = [name for name, bits in self.first.items() if _bits(parameters[name]) == bits]
-        if still:
-            few = ", ".join(still[:6]) + (" …" if len(still) > 6 else "")
-            what = f"{len(still)} of {len(self.first)} tensors that should learn have not moved after {MOVED_AFTER} steps: {few}"
-            self.tell(Warned(what, "no gradient reaches them, or their learning rate is too small for their type"))
-
     def sample(self) -> None:
         began = time.perf_counter()
         for event in samples(self.job, self.progress.step):
@@ -191,32 +188,49 @@ class _Run:
             self.progress.seconds += time.perf_counter() - began
 
     def save(self) -> None:
+        """raises: NumbersError where the weights are no finite numbers; older checkpoints stay"""
+        refuse_wrong_weights(self.job, self.progress.step)
         path = checkpoint.save(self.folder / "checkpoints", self.job, self.progress, self.best, keep=self.job.plan.recipe.save.keep)
         self.saved_at, self.saved_step = time.monotonic(), self.progress.step
         self.tell(Saved(self.progress.step, str(path)))
 
     def last_words(self, status: str) -> None:
-        """A run that was stopped is saved where it stands, so that it can go on."""
-        if status != "done" and self.progress.step and self.progress.step != self.saved_step:
+        """A run that was stopped is saved where it stands, so that it can go on; where its numbers are spoiled, the last checkpoint stays."""
+        if status != "done" and self.progress.step and self.progress.step != self.saved_step and not self._spoiled():
             self.save()
 
-    def finish(self, status: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Write the model, the result, and the row of the ledger."""
+    def _spoiled(self) -> bool:
+        return self.torn or bool(wrong_weights(self.job))
+
+    def finish(self, status: str) -> dict[str, Any]:
+        """Write the model, the result, and the row of the ledger. The job's model then has the weights that are kept.
+
+        These are the best, or the last; where the last are spoiled, those of the newest checkpoint; without one no model is written.
+        """
         last = {name: tensor.detach() for name, tensor in self.job.model.state_dict().items()}
-        kept = last if self.best.weights is None else {**last, **self.best.weights}
-        older = self.best.weights is not None and self.progress.best_step != self.progress.step
-        write_model(self.folder / "model", replace(self.job.saved, folder=self.folder / "model"), kept, last if older else None)
+        kept, spoiled = self.best.weights or {}, self._spoiled()
+        step: int | None = self.progress.best_step if kept else self.progress.step
+        if spoiled and not kept:
+            step, kept = checkpoint.saved_weights(self.folder / "checkpoints") or (None, {})
+        if spoiled and self.kept is not None and self.kept.step != step:
+            self.kept = None
+        if kept or not spoiled:
+            folder, older = self.folder / "model", bool(kept) and step != self.progress.step and not spoiled
+            saved = replace(self.job.saved, folder=folder)
+            write_model(folder, saved, {**last, **kept}, last if older else None, infinite=self.job.infinite)
         if self.samples:
             write_whole(
                 self.folder / SAMPLES, json.dumps([asdict(sample) for sample in self.samples], indent=1, ensure_ascii=False).encode()
             )
-        result = self._result(status)
+        result = self._result(status, step)
         write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
         if (warned := ledger.enter(self.folder, self.job.plan, result)) is not None:
             self.tell(warned)
-        return result, kept
+        self.job.model.load_state_dict({**last, **kept})
+        return result
 
-    def _result(self, status: str) -> dict[str, Any]:
+    def _result(self, status: str, step: int | None) -> dict[str, Any]:
+        """step: whose weights are kept; None where none are"""
         plan, progress, kept = self.job.plan, self.progress, self.kept
         seconds, text = max(progress.seconds, 1e-9), plan.facts.data.text
         validated = {"loss": kept.loss, **kept.metrics} if kept is not None and self.job.validation is not None else {}
@@ -235,15 +249,10 @@ class _Run:
             "predicted": {"seconds": plan.predicted_seconds, "peak_memory_bytes": plan.predicted_peak_bytes},
             "train": {"loss": progress.train_loss if progress.loss_count == 0 else progress.loss_sum / progress.loss_count},
             "validation": validated,
-            "kept_step": kept.step if kept is not None else progress.step,
+            "kept_step": step,
+            "skipped_steps": progress.skipped,
             "grade": plan.grade,
         }
-
-
-def _bits(tensor: Tensor) -> int:
-    """A sum over the bits of all values: a tensor that moves changes it."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().reshape(-1).view(whole).sum(dtype=torch.int64))
 
 
 def _planned(plan: Plan, folder: Path) -> Planned:
