@@ -56,7 +56,7 @@ class Marked(Net):
 
 def recipe(model: nn.Module, **keys: Any) -> dict[str, Any]:
     x, y = data()
-    keys = {"batch": 8, "epochs": 4, "optimizer": {"lr": 1e-2}, "report": (), "save": 4, **keys}
+    keys = {"batch": 8, "epochs": 4, "optimizer": {"lr": 1e-2}, "report": (), "save": 4, "limits": {"threads": 1}, **keys}
     return {"task": "classify", "model": model, "data": {"train": (x, y), "hold_out": 0.25}, **keys}
 
 

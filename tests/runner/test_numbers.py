@@ -23,7 +23,16 @@ NAN = float("nan")
 
 
 def test_a_model_that_is_no_finite_number_is_neither_written_nor_exported(tmp_path: Path, speaker: Path, chats: Path) -> None:
-    keys = {"name": "talk", "task": "chat", "model": str(speaker), "data": str(chats), "steps": 2, "batch": 8, "report": ()}
+    keys = {
+        "name": "talk",
+        "task": "chat",
+        "model": str(speaker),
+        "data": str(chats),
+        "steps": 2,
+        "batch": 8,
+        "report": (),
+        "limits": {"threads": 1},
+    }
     planned = fz.plan(keys, runs=tmp_path, probe=False)
     fz.run(planned, quiet=True)
     job = assemble(planned.plan, planned.loaded, planned.place)
@@ -65,7 +74,7 @@ def test_the_layer_is_named_as_the_person_knows_it_whatever_the_way(
 
     monkeypatch.setattr(nn.Module, "compile", lambda self, **_: setattr(self, "_compiled_call_impl", fails))
     keys, chosen, named = WAYS[way]
-    base = {"task": "chat", "model": str(speaker), "data": str(chats), "steps": 2, "batch": 8, "report": ()}
+    base = {"task": "chat", "model": str(speaker), "data": str(chats), "steps": 2, "batch": 8, "report": (), "limits": {"threads": 1}}
     planned = fz.plan({**base, **keys}, runs=tmp_path, probe=False)
     job = assemble(replace(planned.plan, **chosen), planned.loaded, planned.place)
     set_training(job.model, job.frozen)

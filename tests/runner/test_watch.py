@@ -1,5 +1,7 @@
 """Findings while training: each fault that is planted is warned of once, with its mend; sound runs are left in peace."""
 
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,16 @@ def net(*activations: nn.Module) -> nn.Sequential:
 
 
 def recipe(model: Any, data: Any = None, **keys: Any) -> dict[str, Any]:
-    return {"task": "classify", "model": model, "data": data or {"train": digits()}, "batch": 16, "epochs": 20, "report": (), **keys}
+    return {
+        "task": "classify",
+        "model": model,
+        "data": data or {"train": digits()},
+        "batch": 16,
+        "epochs": 12,
+        "report": (),
+        "limits": {"threads": 1},
+        **keys,
+    }
 
 
 def warnings(tmp_path: Path, keys: dict[str, Any], hear: Any = lambda event: None) -> list[Warned]:
@@ -147,7 +158,7 @@ def test_learning_by_heart_is_said_once_with_the_step_that_is_kept(tmp_path: Pat
     outcome = fz.run(fz.plan(overfitted(name="best"), runs=tmp_path, probe=False), quiet=True)
     (said,) = [event for event in read_events(tmp_path / "best" / "events.jsonl") if event["event"] == "Warned"]
     kept = outcome.result["kept_step"]
-    assert said["what"].startswith("the validation loss has risen 3 times in a row, from") and f"at step {kept} to" in said["what"]
+    assert said["what"].startswith("the validation loss has risen 4 times in a row, from") and f"at step {kept} to" in said["what"]
     assert f"the weights of step {kept} are kept" in said["what"] and said["mend"].startswith("stop earlier (evaluate.stop_after)")
     (said,) = warnings(tmp_path, overfitted(evaluate={"keep": "last"}))
     assert "the last weights are kept" in said.what and said.mend.startswith("set evaluate.keep: best")
@@ -167,14 +178,11 @@ def test_a_run_that_is_resumed_says_what_an_unbroken_one_says(tmp_path: Path, mo
         model = net()
         with torch.no_grad():
             model[2].bias.fill_(-100.0)  # dead, and two layers that do not move
-        return overfitted(name=name) | {"model": model, "batch": 8, "epochs": 7}
+        return overfitted(name=name) | {"model": model, "batch": 8, "epochs": 7, "optimizer": {"lr": 1e-2, "weight_decay": 0.0}}
 
     def heard(name: str) -> list[Any]:
         told = read_events(tmp_path / name / "events.jsonl")
         return [{k: v for k, v in e.items() if k != "at"} for e in told if e["event"] in ("StepDone", "Evaluated", "Warned")]
-
-    import os
-    import signal
 
     fz.run(fz.plan(keys("whole"), runs=tmp_path, probe=False), quiet=True)
     whole = heard("whole")
