@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, normalizers
 from torch import Tensor, nn
 
 import fromzero as fz
@@ -106,3 +107,14 @@ def test_conversations_longer_than_learned_positions_are_counted_when_planning(t
         fz.plan(chat(tmp_path, PROMPTS, model), runs=tmp_path / "runs", probe=False)
     planned = fz.plan(chat(tmp_path, PROMPTS, model, max_tokens=32, too_long="drop"), runs=tmp_path / "runs", probe=False)
     assert fz.run(planned, quiet=True).result["status"] == "done"
+
+
+def test_a_text_of_which_the_tokenizer_leaves_nothing_is_named_by_its_row(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_str(tk.byte_pairs(["hills and rain 0123456789"] * 3, 300))
+    tokenizer.normalizer = normalizers.Replace("\u200b", "")
+    (tmp_path / "t.json").write_text(tokenizer.to_str())
+    rows = "\n".join(("\u200b" if i in (5, 9) else f"hills {i}") + f",{'ab'[i % 2]}" for i in range(40))
+    (tmp_path / "x.csv").write_text("text,kind\n" + rows)
+    data = {"train": str(tmp_path / "x.csv"), "input": "text", "tokenizer": str(tmp_path / "t.json"), "hold_out": 0}
+    with pytest.raises(fz.DataError, match=r"2 texts become no token at all, the first in .*x\.csv:7; the tokenizer takes away"):
+        fz.plan({"task": "classify", "model": {"from": "encoder", **TINY}, "data": data}, runs=tmp_path, probe=False)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fromzero as fz
-from fromzero.report.events import Event, Warned
+from fromzero.report.events import Evaluated, Event, Warned
 from fromzero.report.jsonlines import read_events
 from fromzero.runner import loop, watch
 from fromzero.runner.progress import Level, Progress
@@ -216,3 +216,19 @@ def test_what_is_far_above_depends_on_spread_and_beginning() -> None:
     assert far([*begin, *[1e-3] * 32], 1.2)
     assert not far([*begin, *[0.5, 0.5, 0.5, 2.0] * 8], 5.0), "the losses spread as much"
     assert far([-3.0] * 32, 0.5) and not far([-3.0] * 32, -1.0)
+
+
+def test_a_run_that_is_killed_while_it_evaluates_evaluates_again(tmp_path: Path) -> None:
+    """What is saved holds a step and its evaluation, or neither."""
+
+    def crash(event: Event) -> None:
+        if isinstance(event, Evaluated) and event.step == 28:
+            raise KeyError("as if killed")
+
+    keys = recipe(net(), name="killed", save="epoch", epochs=3)
+    with pytest.raises(KeyError):
+        fz.run(fz.plan(keys, runs=tmp_path, probe=False), observers=[crash], quiet=True)
+    assert [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-14"]
+    fz.resume("killed", runs=tmp_path, model=net(), data=digits(), quiet=True)
+    measured = [event["step"] for event in read_events(tmp_path / "killed" / "events.jsonl") if event["event"] == "Evaluated"]
+    assert measured == [14, 28, 28, 42]
