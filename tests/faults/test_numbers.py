@@ -121,7 +121,7 @@ def test_skipped_steps_are_counted_and_one_more_stops(tmp_path: Path) -> None:
         run(tmp_path, Marked(), name="limit", not_finite={"skip": 3})
 
 
-def test_a_skipped_step_leaves_weights_running_means_and_optimizer_state_as_they_were(
+def test_a_skipped_step_leaves_weights_running_means_draws_and_optimizer_state_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compared = 0
@@ -133,7 +133,7 @@ def test_a_skipped_step_leaves_weights_running_means_and_optimizer_state_as_they
 
     def state(job: Any) -> list[Tensor]:
         moments = [value for of in job.optimizer.state.values() for value in of.values()]
-        return [tensor.clone() for tensor in (*job.model.state_dict().values(), *moments)]
+        return [torch.get_rng_state(), *(tensor.clone() for tensor in (*job.model.state_dict().values(), *moments))]
 
     skip = loop.skip_or_stop
 
