@@ -43,6 +43,7 @@ LEFT_OUT = {
     "schedule": "constant",
     "evaluate": "epoch",
     "save": "auto",
+    "not_finite": "stop",
     "limits": "nothing limited",
 }
 
@@ -70,6 +71,7 @@ SHORT = [
     "batch: {tokens: 8192}",
     "evaluate: 100",
     "save: epoch",
+    "not_finite: {skip: 3}",
     "limits: {memory: 2GB}",
 ]
 

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 import typer
 
 import fromzero as fz
-from fromzero.errors import FromzeroError, UserError
+from fromzero.errors import FromzeroError, UserError, out_of_memory
 
 app = typer.Typer(
     add_completion=False,
@@ -62,15 +62,12 @@ def _answer(work: Callable[[], Any], as_json: bool, debug: bool, text: Callable[
     except (KeyboardInterrupt, _Terminated) as asked:
         print("interrupted; what was saved before is whole", file=sys.stderr)
         raise SystemExit(143 if isinstance(asked, _Terminated) else 130) from None
-    except MemoryError:
-        _fail(UserError("this machine's memory is full", mend="set limits.memory or a smaller batch"), as_json, debug)
-    except OSError as error:
-        _fail(
-            UserError(f"{error.strerror or error}", file=str(error.filename or ""), mend="free some space or name another folder"),
-            as_json,
-            debug,
-        )
-    except Exception:
+    except Exception as error:
+        if out_of_memory(error):
+            _fail(UserError("this machine's memory is full", mend="set limits.memory or a smaller batch"), as_json, debug)
+        if isinstance(error, OSError):
+            mend = "free some space or name another folder"
+            _fail(UserError(f"{error.strerror or error}", file=str(error.filename or ""), mend=mend), as_json, debug)
         traceback.print_exc()
         print("this is a bug in fromzero: please report it with the lines above, the recipe and `fromzero --version`", file=sys.stderr)
         raise SystemExit(1) from None

@@ -113,6 +113,14 @@ class Interrupted(FromzeroError):
         self.code = code
 
 
+_NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Cannot allocate memory")
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, as Python, torch on a CPU or a GPU, or the system says it."""
+    return isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError)) and any(said in str(error) for said in _NO_MEMORY))
+
+
 def nearest(word: str, known: Iterable[str], *, count: int = 1) -> list[str]:
     """The known words closest to this one, best first; none where nothing is close."""
     spelled = {name.lower(): name for name in reversed(list(known))}

@@ -229,4 +229,9 @@ class TextRows:
 
     def examples(self, rows: Sequence[int], form: object, targets: Tensor) -> Examples:
         assert isinstance(form, TextFormat)
-        return whole_texts(form, [self.texts[row] for row in rows], targets)
+        made = whole_texts(form, [self.texts[row] for row in rows], targets)
+        if len(empty := (made.lengths == 0).nonzero()[:, 0]):
+            what = f"{len(empty)} texts become no token at all, the first in {self.table.where(rows[int(empty[0])])}"
+            why = "the tokenizer takes away all they say, and nothing is left to learn from"
+            raise DataError(what, why=why, mend="remove the rows, or take another tokenizer", key="data.input")
+        return made

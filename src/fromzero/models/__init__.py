@@ -13,6 +13,7 @@ from fromzero.models.catalogue import (
     seeded,
 )
 from fromzero.models.decoder import Decoder
+from fromzero.models.encoder import Encoder
 from fromzero.models.families import Family
 from fromzero.models.inspect import KEYED, LayerFacts, ModelFacts, Reads, StageFacts, inspect_model
 from fromzero.models.layers.attention import choose_path
@@ -24,6 +25,7 @@ __all__ = [
     "TEXT_MODELS",
     "Blueprint",
     "Decoder",
+    "Encoder",
     "Family",
     "LayerFacts",
     "ModelFacts",

@@ -29,7 +29,7 @@ from fromzero.data.table import read_text
 from fromzero.data.tokens import add_tokens
 from fromzero.devices import give_back_memory, held_memory, look_at_machine
 from fromzero.errors import DataError, ModelError
-from fromzero.models import Decoder, ModelFacts, inspect_model
+from fromzero.models import Decoder, Encoder, ModelFacts, inspect_model
 from fromzero.planner.values import Facts
 from fromzero.recipe.schema import Adapter, BatchTokens, Given, ImageInput, Recipe
 from fromzero.sources.cache import cache_folder, free_disk, room
@@ -70,9 +70,9 @@ def look(recipe: Recipe, folders: tuple[Path, ...], build: BuildModel, reader: R
     machine = replace(look_at_machine(recipe.limits.device), disk_bytes=room(cache_folder() / "kept"))
     asked = request(recipe, folders, reader)
     loaded = load_corpus(asked) if recipe.task == "language" else load_chat(asked) if recipe.task == "chat" else load(asked)
-    _refuse_long_texts(recipe, loaded, reader)
     inputs, targets = _two(loaded)
     model, joined = build(recipe, loaded)
+    _refuse_long_texts(loaded, _context(recipe, reader, model))
     name = str(recipe.model.source)
     _refuse_unknown_tokens(model, loaded, name)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
@@ -157,16 +157,25 @@ def _two(loaded: Loaded) -> tuple[Inputs, torch.Tensor]:
     return (tokens[places], short), targets[places] if train.answers is None else targets
 
 
-def _refuse_long_texts(recipe: Recipe, loaded: Loaded, reader: Reader) -> None:
-    """Nothing is cut unasked, and a model has no positions beyond its context. Of conversations the plan says so."""
-    if recipe.task != "chat" and isinstance(loaded.train, TextExamples) and reader.context is not None and loaded.facts.text is not None:
+def _context(recipe: Recipe, reader: Reader, model: nn.Module) -> int | None:
+    """The tokens that a document may have; of conversations that are too long for a published model the plan speaks"""
+    if reader.context is not None:
+        return reader.context if recipe.task != "chat" else None
+    if isinstance(model, Decoder):
+        return None if model.embedding.positions is None else model.embedding.positions.num_embeddings
+    return model.config.context if isinstance(model, Encoder) else None
+
+
+def _refuse_long_texts(loaded: Loaded, context: int | None) -> None:
+    """Nothing is cut unasked, and a model has no positions beyond its context."""
+    if isinstance(loaded.train, TextExamples) and context is not None and loaded.facts.text is not None:
         parts = [part.lengths for part in (loaded.train, loaded.validation) if isinstance(part, TextExamples)]
         lengths = torch.cat(parts)
-        if (long := int((lengths > reader.context).sum())) > 0:
+        if (long := int((lengths > context).sum())) > 0:
             raise DataError(
-                f"{long} of {len(lengths)} texts have more tokens than the model has positions: up to {int(lengths.max())}, not {reader.context}",
+                f"{long} of {len(lengths)} texts have more tokens than the model has positions: up to {int(lengths.max())}, not {context}",
                 why="nothing is cut unasked",
-                mend=f"data.max_tokens={reader.context} leaves their ends out",
+                mend=f"data.max_tokens={context} leaves their ends out",
                 file=loaded.facts.source,
                 key="data.max_tokens",
             )

@@ -24,7 +24,8 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
     """Decide how. The plan may carry findings of severity error; `refuse` turns those into an exception."""
     data = facts.data
     batch, batch_tokens, steps_per_epoch = _batch(recipe, facts)
-    steps = recipe.steps or max(1, round(_epochs(recipe, facts) * steps_per_epoch))
+    asked = recipe.steps or _epochs(recipe, facts) * steps_per_epoch
+    steps = max(1, round(asked))
     every = steps_per_epoch if recipe.evaluate.every == "epoch" else recipe.evaluate.every
     evaluations = math.ceil(steps / every) if data.validation else 0
     trainable, precision = trained_values(facts), _precision(recipe, facts)
@@ -44,7 +45,12 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         *([Choice("scores", f"{rows} rows", "of trained tokens at once; all scores of a batch are never in memory")] if rows else []),
     )
     written = disk(recipe, facts)
-    trouble = [*([] if trainable else [_nothing_trains(facts)]), *chosen.trouble, *_no_disk(facts, sum(written.values()))]
+    trouble = [
+        *([] if trainable else [_nothing_trains(facts)]),
+        *_no_step(recipe, facts, asked, steps_per_epoch),
+        *chosen.trouble,
+        *_no_disk(facts, sum(written.values())),
+    ]
     seconds = run_seconds(recipe, facts, steps, evaluations, chosen.way)
     plan = Plan(
         recipe=recipe,
@@ -98,6 +104,25 @@ def _nothing_trains(facts: Facts) -> Finding:
     if facts.model.parameters:
         what, mend = "every parameter is frozen", "leave the head free, or set freeze: none"
     return Finding("error", "nothing-trains", what, "no step could change anything", mend)
+
+
+def _no_step(recipe: Recipe, facts: Facts, asked: float, steps_per_epoch: int) -> Iterator[Finding]:
+    """Where no step would be made, or none that moves a weight.  asked: steps, before they are rounded"""
+    if round(asked) < 1:
+        key = "tokens" if recipe.tokens is not None else "epochs"
+        what = f"{key}: {getattr(recipe, key):g} comes to {asked:.2g} steps, which is none"
+        why = f"an epoch of {facts.data.train} training examples has {steps_per_epoch}"
+        yield Finding("error", "no-step", what, why, f"set steps: 1, or epochs: {math.ceil(100 / steps_per_epoch) / 100:g} or more")
+    still, scales = set(facts.frozen.parameters), recipe.optimizer.lr_scale
+    free = [name for layer in facts.model.layers for name in layer.tensors if name not in still]
+    if free and not any(lr_multiplier(name, scales) for name in free):
+        what = f"optimizer.lr_scale multiplies the learning rate of all {len(free)} tensors that train by 0"
+        yield Finding("error", "no-step", what, "no step could change anything", "leave one of them above 0")
+    steps, warmup = max(1, round(asked)), recipe.schedule.warmup
+    if warmup > max(steps, 1):
+        what = f"schedule.warmup: {warmup:g} steps, and the run has {steps}"
+        why = f"the learning rate ends at {steps / (round(warmup) + 1):.0%} of what is asked for"
+        yield Finding("warning", "long-warmup", what, why, "set schedule.warmup: 0.1, a share of the steps, or train longer")
 
 
 def _no_disk(facts: Facts, needed: int) -> Iterator[Finding]:

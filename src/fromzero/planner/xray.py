@@ -310,11 +310,11 @@ def _measured(recipe: Recipe, facts: Facts) -> Iterator[Finding]:
         )
     if not math.isfinite(first):
         yield Finding(
-            "error",
+            "warning" if recipe.not_finite.skip else "error",
             "loss-not-finite",
             f"the first loss is {first}",
-            "the weights or the inputs are not finite",
-            "check inputs and initialisation",
+            "the weights or the inputs are not finite, or no example of the batch counts",
+            "check inputs, initialisation and loss.class_weights",
         )
         return
     if seen.fetch_seconds > SLOW_FETCH * seen.step_seconds:

@@ -337,6 +337,26 @@ class Evaluate(Section):
     )
 
 
+class NotFinite(Section):
+    """`stop`, or `{skip: N}`."""
+
+    skip: int = Field(
+        0,
+        ge=0,
+        description="most steps, in the whole run, that may be left out because loss or gradient is NaN or infinite: each is warned of, "
+        "moves no weight and does not count in the mean loss; order and schedule go on. One more stops the run",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        if value == "stop":
+            return {}
+        if isinstance(value, str):
+            raise ValueError("is not stop or {skip: N}")
+        return value
+
+
 class Save(Section):
     every: Literal["auto", "epoch"] | Annotated[int, Field(ge=1)] = Field(
         "auto", description="auto: at most once a minute; epoch; or optimizer steps"
@@ -418,6 +438,7 @@ class Recipe(Section):
     steps: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(None, description="optimizer steps, instead of epochs")
     tokens: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(None, description="text: tokens to train on, instead of epochs")
     clip: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(None, description="largest norm of the whole gradient")
+    not_finite: NotFinite = Field(NotFinite(), description="what a loss or gradient that is NaN or infinite does: stop | {skip: N}")
     precision: Literal["float32", "float64", "bf16", "auto"] = Field(
         "float32", description="float32 | float64 | bf16 | auto (bf16 where the device has it)"
     )

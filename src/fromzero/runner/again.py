@@ -5,40 +5,38 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 
 from fromzero.data import TextExamples
-from fromzero.errors import NumbersError
+from fromzero.errors import NumbersError, out_of_memory
 from fromzero.planner.values import Plan
 from fromzero.planner.ways import may_run_again
 from fromzero.runner.assemble import Job
+from fromzero.runner.before import Before
 from fromzero.runner.pieces import pieces
 from fromzero.runner.regions import carry_out
 from fromzero.runner.step import gradients
 
-_SAID = ("can't allocate memory", "out of memory", "bad_alloc")
 
-
-def sure_gradients(job: Job, index: Tensor, epoch: int) -> tuple[tuple[float, float], list[str]]:
+def sure_gradients(job: Job, index: Tensor, epoch: int, before: Before) -> tuple[tuple[float, float], list[str]]:
     """As `gradients`, and what had to change in the job's plan for it, in words.
 
     index:   (B,)
+    before:  noted when the step began
     raises:  NumbersError where nothing smaller is left; what a person's own code raises
     """
     changed: list[str] = []
     while True:
-        drawn = torch.get_rng_state()
         try:
             found = gradients(job.stepped, pieces(job, index, epoch), job.judge.loss, job.judge.around, rows=job.plan.score_rows)
             return found, changed
         except Exception as error:
-            full = isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID))
+            full = out_of_memory(error)
             if not full and not job.plan.compiled:
                 raise
             failed = f"compiled code fails ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
         job.optimizer.zero_grad()  # after the error is gone, and with it what its frames held
-        torch.set_rng_state(drawn)
+        before.put_back()
         job.plan = _smaller(job.plan, job.train, index) if full else job.plan.without("compile")
         changed.append(
             f"memory ran out: {_what_is_smaller(job.plan)} from here on" if full else f"{failed}; it is not compiled from here on"
@@ -58,8 +56,13 @@ def _smaller(plan: Plan, train: object, index: Tensor) -> Plan:
             return replace(plan, micro_batch=min(plan.micro_batch, len(index)) // 2)
     if set(again) - set(plan.checkpointed):
         return replace(plan, checkpointed=again)
-    what = "one sample at a time" if not plan.facts.may_not_be_cut else f"a batch may not be cut: {plan.facts.may_not_be_cut}"
-    raise NumbersError("memory is out", why=f"nothing smaller is left ({what})", mend="free some, take a smaller batch or a smaller model")
+    what, mend = "one sample at a time", "a smaller model"
+    if plan.facts.may_not_be_cut:
+        what, mend = f"a batch of {len(index)} may not be cut: {plan.facts.may_not_be_cut}", f"batch: {max(len(index) // 2, 1)}"
+    elif isinstance(train, TextExamples):
+        longest = int(train.lengths[index].max())
+        what, mend = f"{what}, of {longest} tokens", f"data.max_tokens: {max(longest // 2, 2)}, or a smaller model"
+    raise NumbersError("memory is out", why=f"nothing smaller is left ({what})", mend=f"free some, or take {mend}")
 
 
 def _what_is_smaller(plan: Plan) -> str:

@@ -30,6 +30,7 @@ from fromzero.runner.regions import carry_out
 from fromzero.runner.saved import Adapted, Design, SavedModel, begin_with, find_model
 from fromzero.runner.start import Start, build_published, load_weights
 from fromzero.tuning import Frozen, add_adapters, freeze, new_head, tensors_digest
+from fromzero.weights.tensors import not_finite
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.float32}  # of the master weights
 
@@ -63,6 +64,7 @@ class Job:
     stepped: nn.Module  # what a step runs: the model, or its tail from where the frozen part ends
     fed: Examples  # what a step takes: the training examples, or those with what the tail reads of them
     fed_validation: Examples | None
+    infinite: frozenset[str] = frozenset()  # buffers that hold infinities by design, such as masks
 
 
 def build_model(recipe: Recipe, loaded: Loaded, place: Place) -> tuple[nn.Module, Design]:
@@ -190,6 +192,7 @@ def assemble(plan: Plan, loaded: Loaded, place: Place) -> Job:
         stepped=model,
         fed=loaded.train,
         fed_validation=loaded.validation,
+        infinite=frozenset(name for name, buffer in model.named_buffers() if not_finite(buffer)),
     )
 
 

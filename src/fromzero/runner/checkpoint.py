@@ -47,7 +47,7 @@ def save(folder: Path, job: Job, progress: Progress, best: Best, *, keep: int, f
     """
     files, numbers = _files(job, best)
     for tensors in (files[WEIGHTS], files[OPTIMIZER], best.weights or {}):
-        refuse_to_save(tensors, job.model, progress.step)
+        refuse_to_save(tensors, job, progress.step)
     if 0 < free_disk(folder) < _bytes_of(files):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     target, beside = folder / f"step-{progress.step}", folder / f"step-{progress.step}.tmp-{os.getpid()}"
@@ -179,6 +179,12 @@ def tidy(folder: Path, damaged: Iterable[Path]) -> list[str]:
             _set_aside(step)
             done.append(f"{step.name} was set aside as {step.name}.aside; the next save removes it")
     return done
+
+
+def saved_weights(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
+    """Step and weights of the newest whole checkpoint; None where there is none."""
+    path, _ = find(folder)
+    return None if path is None else (step_of(path), read_tensors(path / WEIGHTS))
 
 
 def restore(step: Path, job: Job, best: Best, *, frozen: str) -> Progress:

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fromzero.data import Loaded
 from fromzero.devices import give_back_memory, held_memory, keep_freed_memory, peak_memory
-from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError, UserError
+from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError, UserError, out_of_memory
 from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, Finished, Planned, Saved, Saving, Started, StepDone, Warned
 from fromzero.report.jsonlines import EVENTS, has_saved, roll_back
@@ -25,19 +25,18 @@ from fromzero.runner.around import Stop, full_disk, signals, spoken_once, teller
 from fromzero.runner.assemble import Job, Place, assemble
 from fromzero.runner.folder import RESULT, refuse_finished
 from fromzero.runner.lock import holding
-from fromzero.runner.loop import Best, is_evaluated, is_over, train
-from fromzero.runner.numbers import refuse_to_save
+from fromzero.runner.loop import Best, is_over, train
+from fromzero.runner.numbers import refuse_wrong_weights, wrong_weights
 from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.progress import Progress
 from fromzero.runner.regions import make_plain
 from fromzero.runner.samples import samples
 from fromzero.runner.saved import write_model
 from fromzero.sources.cache import FULL, free_disk, write_whole
-from fromzero.tuning import frozen_digest, moving_state
+from fromzero.tuning import frozen_digest
 
 SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two checkpoints
 GIVE_BACK_SECONDS = 5.0  # at least between two times that freed memory goes back, for the next step takes it anew
-MOVED_AFTER = 3  # steps: a warm-up may begin at 0, and A beside a B of zeros gets its first gradient one step later
 SAMPLES = "samples.json"
 
 
@@ -84,24 +83,23 @@ def execute(
         if status == "done":  # what only further steps would need makes room for what is written
             job.optimizer.zero_grad()
             job.optimizer.state.clear()
-        result, kept = run.finish(status)
+        result = run.finish(status)
     if error is not None:
         raise error
-    job.model.load_state_dict(kept)
     make_plain(job.model)
     return Outcome(folder, result, job.model.eval())
 
 
 class _Run:
-    """What surrounds the loop: when to save, and what is left at the end. It is made before weights are put back, for it notes the first ones."""
+    """What surrounds the loop: when to save, and what is left at the end."""
 
     def __init__(self, job: Job, frozen: str, folder: Path, tell: Callable[[Event], None], stop: Stop) -> None:
         self.job, self.frozen, self.folder, self.tell, self.stop = job, frozen, folder, tell, stop
         self.progress, self.best = Progress(), Best()
         self.saved_at, self.saved_step, self.unsaved = time.monotonic(), 0, False
         self.stopped_by: NumbersError | None = None
+        self.torn = False  # an update may have been begun and not ended
         self.gave_back_at = 0.0
-        self.first = {name: _bits(p) for name, p in job.model.named_parameters() if p.requires_grad}
 
     def go_on_from(self, newest: Path) -> None:
         self.progress = checkpoint.restore(newest, self.job, self.best, frozen=self.frozen)
@@ -126,12 +124,8 @@ class _Run:
             self.tell(event)
             if isinstance(event, StepDone):
                 self._keep_to_the_plan()
-                if event.step == min(MOVED_AFTER, plan.steps):
-                    self._warn_of_the_unmoved()
             elif isinstance(event, Evaluated) and (recipe.task == "language" or self.progress.step == plan.steps):
                 self.sample()
-            if isinstance(event, Evaluated) or (isinstance(event, StepDone) and not is_evaluated(plan, event.step)):
-                self._maybe_save()  # only now: a checkpoint holds all that belongs to its step
         if self.stopped_by is not None:
             return "stopped", self.stopped_by
         if is_over(plan, self.progress):
@@ -144,13 +138,24 @@ class _Run:
         return "interrupted", self._interrupted(f"after step {self.progress.step}", "saved")
 
     def _loop(self) -> Iterator[Event]:
-        """The loop's events, until the numbers stop it; what cannot be saved is raised outside and ends the run as it stands."""
+        """The loop's events, until numbers or memory stop it; what cannot be written is raised, and ends the run as it stands."""
         try:
             yield from train(self.job, self.progress, self.best, self._stopping)
+            refuse_wrong_weights(self.job, self.progress.step)
         except NumbersError as error:
             self.stopped_by = error
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            self.torn = True
+            said = f"memory is out after step {self.progress.step} of {self.job.plan.steps}, where nothing can begin anew"
+            why = "the last checkpoint is as it was" if self.saved_step else "there was no checkpoint yet"
+            mend = f"free some, then fromzero resume {self.folder.name}; or take a smaller batch or model"
+            self.stopped_by = NumbersError(said, why=why, mend=mend)
 
     def _stopping(self) -> bool:
+        """Asked when a step and its evaluation are over: what is saved here is all of them, or none."""
+        self._maybe_save()
         limit = self.job.plan.recipe.limits.seconds
         if self.stop.reason is None and limit is not None and self.progress.seconds > limit:
             self.stop.reason = "seconds"
@@ -179,14 +184,6 @@ class _Run:
             give_back_memory(collect=False)
             self.gave_back_at = now
 
-    def _warn_of_the_unmoved(self) -> None:
-        parameters = dict(self.job.model.named_parameters())
-        still = [name for name, bits in self.first.items() if _bits(parameters[name]) == bits]
-        if still:
-            few = ", ".join(still[:6]) + (" …" if len(still) > 6 else "")
-            what = f"{len(still)} of {len(self.first)} tensors that should learn have not moved after {MOVED_AFTER} steps: {few}"
-            self.tell(Warned(what, "no gradient reaches them, or their learning rate is too small for their type"))
-
     def sample(self) -> None:
         began = time.perf_counter()
         for event in samples(self.job, self.progress.step):
@@ -201,6 +198,7 @@ class _Run:
         raises: UserError where it cannot be written, NumbersError where it holds what is no finite number
         """
         asked, step = self.job.plan.recipe.save, self.progress.step
+        refuse_wrong_weights(self.job, step)
         self.tell(Saving(step))
         try:
             path = checkpoint.save(self.folder / "checkpoints", self.job, self.progress, self.best, keep=asked.keep, frozen=self.frozen)
@@ -227,27 +225,41 @@ class _Run:
         return UserError(what, why="what was saved before is as it was", mend=mend, file=str(self.folder))
 
     def last_words(self, status: str) -> None:
-        """A run that was stopped is saved where it stands, so that it can go on."""
-        if status != "done" and self.progress.step and self.progress.step != self.saved_step:
+        """A run that was stopped is saved where it stands, so that it can go on; where its numbers are spoiled, the last checkpoint stays."""
+        if status != "done" and self.progress.step and self.progress.step != self.saved_step and not self._spoiled():
             self.save(last=True)
 
-    def finish(self, status: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Write the model, the row of the ledger, and last the result: a run whose result says done is never gone on with."""
+    def _spoiled(self) -> bool:
+        return self.torn or bool(wrong_weights(self.job))
+
+    def finish(self, status: str) -> dict[str, Any]:
+        """Write the model, the row of the ledger, and last the result: a run whose result says done is never gone on with.
+
+        The model gets the best weights, or the last; where the last are spoiled, those of the newest checkpoint; without one none is written.
+        """
         last = {name: tensor.detach() for name, tensor in self.job.model.state_dict().items()}
-        kept = last if self.best.weights is None else {**last, **self.best.weights}
-        older = self.best.weights is not None and self.progress.best_step != self.progress.step
-        refuse_to_save({name: kept[name] for name in moving_state(self.job.model, self.job.frozen)}, self.job.model, self.progress.step)
-        write_model(self.folder / "model", replace(self.job.saved, folder=self.folder / "model"), kept, last if older else None)
+        kept, spoiled = self.best.weights or {}, self._spoiled()
+        step: int | None = self.progress.best_step if kept else self.progress.step
+        if spoiled and not kept:
+            step, kept = checkpoint.saved_weights(self.folder / "checkpoints") or (None, {})
+        if spoiled and self.progress.kept is not None and self.progress.kept["step"] != step:
+            self.progress.kept = None
+        if kept or not spoiled:
+            folder, older = self.folder / "model", bool(kept) and step != self.progress.step and not spoiled
+            saved = replace(self.job.saved, folder=folder)
+            write_model(folder, saved, {**last, **kept}, last if older else None, infinite=self.job.infinite)
         if self.progress.sampled:
             write_whole(self.folder / SAMPLES, json.dumps(self.progress.sampled, indent=1, ensure_ascii=False).encode())
-        result = self._result(status)
+        result = self._result(status, step)
         if (warned := ledger.enter(self.folder, self.job.plan, result)) is not None:
             self.tell(warned)
         self.tell(Finished(status, self.progress.step, self.progress.seconds, result))
         write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
-        return result, kept
+        self.job.model.load_state_dict({**last, **kept})
+        return result
 
-    def _result(self, status: str) -> dict[str, Any]:
+    def _result(self, status: str, step: int | None) -> dict[str, Any]:
+        """step: whose weights are kept; None where none are"""
         plan, progress, kept = self.job.plan, self.progress, self.progress.kept
         seconds, text = max(progress.seconds, 1e-9), plan.facts.data.text
         validated = {"loss": kept["loss"], **kept["metrics"]} if kept is not None else {}
@@ -266,15 +278,10 @@ class _Run:
             "predicted": {"seconds": plan.predicted_seconds, "peak_memory_bytes": plan.predicted_peak_bytes},
             "train": {"loss": progress.train_loss if progress.loss_count == 0 else progress.loss_sum / progress.loss_count},
             "validation": validated,
-            "kept_step": kept["step"] if kept is not None else progress.step,
+            "kept_step": step,
+            "skipped_steps": progress.skipped,
             "grade": plan.grade,
         }
-
-
-def _bits(tensor: Tensor) -> int:
-    """A sum over the bits of all values: a tensor that moves changes it."""
-    whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
-    return int(tensor.detach().reshape(-1).view(whole).sum(dtype=torch.int64))
 
 
 def _planned(plan: Plan, folder: Path) -> Planned:

@@ -19,9 +19,11 @@ from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, StepDone, Warned
 from fromzero.runner.again import sure_gradients
 from fromzero.runner.assemble import Job
-from fromzero.runner.numbers import gradient_norm, refuse_what_is_no_number
+from fromzero.runner.before import Before
+from fromzero.runner.numbers import gradient_norm, refuse_wrong_weights, skip_or_stop
 from fromzero.runner.pieces import batch_ends
 from fromzero.runner.progress import Progress
+from fromzero.runner.watch import after_evaluation, after_step, begin, watching_relus
 from fromzero.tuning import moving_state, set_training
 
 
@@ -33,13 +35,15 @@ class Best:
 
 
 def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]) -> Iterator[Event]:
-    """Run until the plan's last step, or until `stopping` says so after a step.
+    """Run until the plan's last step, or until `stopping` says so; it is asked after each step, when all events of that step were told.
 
     raises: NumbersError where loss or gradient is no finite number; the weights are then those before that step
     """
     recipe, plan = job.plan.recipe, job.plan
     size, began = len(job.train), time.perf_counter() - progress.seconds
     set_training(job.model, job.frozen)
+    begin(job, progress)
+    before = Before(job)
     while not is_over(plan, progress):
         order = epoch_order(recipe.seed, progress.epoch, size)
         ends = batch_ends(job, order)
@@ -47,21 +51,27 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
             index, epoch = order[progress.index : ends[bisect_right(ends, progress.index)]], progress.epoch
             lr = set_learning_rate(job, progress.step)
             job.optimizer.zero_grad()
-            (total, count), changed = sure_gradients(job, index, epoch)
+            before.note()
+            (total, count), changed = sure_gradients(job, index, epoch, before)
             for what in changed:
                 yield Warned(what, "the step was begun anew; nothing was lost")
             norm = gradient_norm(job)
-            refuse_what_is_no_number(total, count, norm, job, progress, index)
-            if recipe.clip is not None:
-                clip(job, norm)
-            job.optimizer.step()
-            progress.advance(len(index), total, count, size)
-            progress.seconds = time.perf_counter() - began
-            yield StepDone(progress.step, epoch + 1, progress.samples, total / count, lr, float(norm))
-            if is_evaluated(plan, progress.step):
-                evaluated = evaluate_and_keep(job, progress, best, epoch + 1)
+            skipped = skip_or_stop((total, count), norm, job, progress, index, epoch, before)
+            if skipped is not None:
+                progress.advance(len(index), 0.0, 0.0, size)  # order and schedule go on; the mean loss is that of the steps that were made
+                yield skipped
+            else:
+                if recipe.clip is not None:
+                    clip(job, norm)
+                job.optimizer.step()
+                progress.advance(len(index), total, count, size)
                 progress.seconds = time.perf_counter() - began
-                yield evaluated
+                yield StepDone(progress.step, epoch + 1, progress.samples, total / count, lr, float(norm))
+                yield from after_step(job, progress, total / count, float(norm), index)
+            if is_evaluated(plan, progress.step):
+                events = evaluate_and_keep(job, progress, best, epoch + 1)
+                progress.seconds = time.perf_counter() - began
+                yield from events
             if stopping():
                 return
             if progress.index == 0:
@@ -94,20 +104,26 @@ def clip(job: Job, norm: Tensor) -> None:
     torch.nn.utils.clip_grads_with_norm_(trained, job.plan.recipe.clip, norm)
 
 
-def evaluate_and_keep(job: Job, progress: Progress, best: Best, epoch: int) -> Evaluated:
-    """Measure on the validation data, and keep the weights if they are the best so far."""
+def evaluate_and_keep(job: Job, progress: Progress, best: Best, epoch: int) -> list[Event]:
+    """Measure on the validation data, and keep the weights if they are the best so far.
+
+    returns: what was measured, and warnings.  raises: NumbersError where weights to keep are no finite numbers
+    """
     train_loss = progress.take_train_loss()
     if job.fed_validation is None:
-        return Evaluated(progress.step, epoch, float("nan"), train_loss)
-    loss, metrics = job.judge.measure(job.stepped, job.fed_validation)
+        return [Evaluated(progress.step, epoch, float("nan"), train_loss)]
+    with watching_relus(job) as dead:
+        loss, metrics = job.judge.measure(job.stepped, job.fed_validation)
     set_training(job.model, job.frozen)
     better = math.isfinite(loss) and (progress.best_loss is None or loss < progress.best_loss)
     if better:
         progress.best_loss, progress.best_step, progress.without_gain = loss, progress.step, 0
         if job.plan.recipe.evaluate.keep == "best":
+            refuse_wrong_weights(job, progress.step)
             best.weights = {name: tensor.detach().clone() for name, tensor in moving_state(job.model, job.frozen).items()}
     else:
         progress.without_gain += 1
     if better or best.weights is None:
         progress.kept = {"step": progress.step, "loss": loss, "metrics": metrics}
-    return Evaluated(progress.step, epoch, loss, train_loss, metrics, better)
+    warned = after_evaluation(job, progress, loss, dead())
+    return [Evaluated(progress.step, epoch, loss, train_loss, metrics, better), *warned]

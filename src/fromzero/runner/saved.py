@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from fromzero.data import ChatFormat, Classes, ImageFormat, Numbers, Preparation, Soft, TextFormat
 from fromzero.data.columns import Columns
 from fromzero.data.sources import ArrayFormat
-from fromzero.errors import ModelError, SourceError, did_you_mean
+from fromzero.errors import ModelError, NumbersError, SourceError, did_you_mean
 from fromzero.models import FAMILIES, Blueprint, Family, seeded
 from fromzero.models.families import TensorMap
 from fromzero.sources.cache import write_whole
 from fromzero.tuning import add_adapters, merge_adapters, new_head, tensors_digest
 from fromzero.weights import check_fit, open_pretrained, read_tensors, to_ours, to_theirs, tokenizer_files, write_folder, write_tensors
 from fromzero.weights.peft import PeftSettings, from_peft, read_peft, write_peft
+from fromzero.weights.tensors import first_not_finite
 
 VERSION = 1
 MERGE_ERROR = 1e-5  # relative, on random rows; a float32 product in another order stays below
@@ -197,8 +198,18 @@ def begin_with(model: nn.Module, design: Design, folder: Path) -> None:
     fill(model, tensors, file=str(folder), fresh=[name for name in model.state_dict() if name not in tensors])
 
 
-def write_model(folder: Path, saved: SavedModel, kept: Mapping[str, Tensor], last: Mapping[str, Tensor] | None) -> None:
-    """Write weights first and the description last, so that a description is never without its weights."""
+def write_model(
+    folder: Path, saved: SavedModel, kept: Mapping[str, Tensor], last: Mapping[str, Tensor] | None, *, infinite: Collection[str] = ()
+) -> None:
+    """Write weights first and the description last, so that a description is never without its weights.
+
+    infinite:  tensors that hold infinities by design, such as masks
+    raises:    NumbersError where another holds NaN or infinity; the folder is then as it was
+    """
+    if wrong := first_not_finite(kept, spared=infinite) or first_not_finite(last or {}, spared=infinite):
+        raise NumbersError(
+            wrong, why="a model with such weights says nothing, so it is not written", mend="train with a smaller optimizer.lr"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     family = saved.design.family
     inputs = asdict(saved.preparation.inputs)

@@ -22,6 +22,7 @@ from fromzero.models.foreign import scores_by_transformers
 from fromzero.runner.saved import Design
 from fromzero.runner.start import Start, build_published, find_start, published_of
 from fromzero.weights import open_pretrained, to_theirs, write_folder
+from fromzero.weights.tensors import first_not_finite
 
 FORMATS = ("transformers",)
 DIFFERENCE = 1e-4  # of what the two say, relative to the largest; float32 in another order of operations stays below
@@ -80,11 +81,13 @@ def _whole(start: Start, source: str) -> tuple[nn.Module, Design]:
 
 
 def _published(model: nn.Module, design: Design, source: str) -> dict[str, Tensor]:
-    """The tensors under their published names.  raises: ModelError where one has none"""
+    """The tensors under their published names.  raises: ModelError where one has none, or is no finite number"""
     if design.family is None or not isinstance(model, Decoder):
         what = "is no language model of a family that transformers knows"
         raise ModelError(f"'{source}' {what}", why="its folder would be one that nothing opens", mend="fz.load opens it in Python")
     names, state = design.names(), model.state_dict()
+    if wrong := first_not_finite(state):
+        raise ModelError(f"'{source}': {wrong}", why="whoever opened the folder would get NaN for every text", mend="export another run")
     if left := [name for name in state if name not in names]:
         raise ModelError(f"'{source}' has tensors that its family has no place for: {', '.join(left[:3])}")
     return to_theirs(state, {ours: theirs for ours, theirs in names.items() if ours in state})

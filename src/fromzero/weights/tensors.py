@@ -10,7 +10,7 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,9 +56,8 @@ class Tensors(Mapping[str, Tensor]):
         if name not in self.shapes:
             raise KeyError(name)
         tensor = self._read(name)
-        if tensor.is_floating_point() and tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():  # one pass, no copy
-            said = f"{int((~tensor.isfinite()).sum())} of its {tensor.numel()} values are NaN or infinite"
-            raise SourceError(said, mend="fetch it again", file=self.file, key=name)
+        if wrong := not_finite(tensor):
+            raise SourceError(wrong, mend="fetch it again", file=self.file, key=name)
         return tensor
 
     def __contains__(self, name: object) -> bool:
@@ -69,6 +68,19 @@ class Tensors(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.shapes)
+
+
+def not_finite(tensor: Tensor) -> str:
+    """How many of its values are NaN or infinite, in words; empty where none is, which takes one pass and no copy."""
+    if not tensor.is_floating_point() or not tensor.numel() or torch.stack(tensor.aminmax()).isfinite().all():
+        return ""
+    return f"{int((~tensor.isfinite()).sum())} of its {tensor.numel()} values are NaN or infinite"
+
+
+def first_not_finite(tensors: Mapping[str, Tensor], *, spared: Collection[str] = ()) -> str:
+    """The first tensor with such values, in words; empty where none has any.  spared: names that are not looked at"""
+    found = ((name, not_finite(tensor)) for name, tensor in tensors.items() if name not in spared)
+    return next((f"{name} is no finite number: {wrong}" for name, wrong in found if wrong), "")
 
 
 def open_safetensors(path: Path) -> Tensors:
