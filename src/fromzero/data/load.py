@@ -17,6 +17,7 @@ from torch import Tensor
 from fromzero.data.answers import Answers, Classes, Soft, answered, check_finite, find_classes, fit_numbers, read_numbers
 from fromzero.data.catalogue import NAMED_SETS
 from fromzero.data.columns import Columns, as_word
+from fromzero.data.contents import Contents, contents
 from fromzero.data.conversations import ChatFacts
 from fromzero.data.examples import Examples, TensorExamples
 from fromzero.data.images import ImageFormat
@@ -75,10 +76,13 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Loaded:
+    """contents: of each source, the training data's first."""
+
     train: Examples
     validation: Examples | None
     preparation: Preparation
     facts: DataFacts
+    contents: tuple[Contents, ...] = ()
 
 
 def load(request: Request) -> Loaded:
@@ -93,6 +97,7 @@ def load(request: Request) -> Loaded:
     strata = [as_word(label) for label in labels] if isinstance(answers, Classes) else [""] * len(source)
     whole = _Part(source, labels, source.keys(), rows)
     train_rows, held = _sides(whole, strata, request, notes)
+    sources = [whole, *([held] if held is not None and held.source is not source else [])]
     part = replace(whole, rows=train_rows)
     keys, train_keys = whole.keys(), part.keys()
     known, by_content = set(train_keys), not isinstance(source, ItemRows)
@@ -134,7 +139,7 @@ def load(request: Request) -> Loaded:
         text=train.facts(form) if isinstance(train, TextExamples) and isinstance(form, TextFormat) else None,
         chat=None,
     )
-    return Loaded(train, validation, preparation, facts)
+    return Loaded(train, validation, preparation, facts, tuple(map(_contents, sources)))
 
 
 @dataclass(frozen=True)
@@ -158,6 +163,16 @@ class _Part:
             return {}
         counter = Counter(as_word(self.labels[row]) for row in self.rows)
         return {name: counter.get(name, 0) for name in answers.names}
+
+
+def _contents(part: _Part) -> Contents:
+    """Of all rows of a part's source: what is read of each, and its label."""
+    source, labels = part.source, part.labels.tolist() if isinstance(part.labels, Tensor) else part.labels
+    inputs = [text.encode("utf-8", "surrogatepass") for text in source.texts] if isinstance(source, TextRows) else part.contents
+    rows = [key + repr(label).encode("utf-8", "surrogatepass") for key, label in zip(inputs, labels, strict=True)]
+    names = source.names if isinstance(source, ImageRows) else ()
+    lines = source.table.lines if isinstance(source, (TableRows, TextRows)) else ()
+    return contents(source.name, "row" if lines else "example", rows, names=names, lines=lines)
 
 
 def _sides(whole: _Part, strata: Sequence[str], request: Request, notes: list[str]) -> tuple[list[int], _Part | None]:

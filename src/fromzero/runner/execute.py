@@ -23,9 +23,10 @@ from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, Finished, Planned, Sampled, Saved, Started, StepDone, Warned
 from fromzero.runner import checkpoint, ledger
 from fromzero.runner.assemble import Job, Place, assemble
+from fromzero.runner.begun import Going, go_on_with
 from fromzero.runner.folder import RESULT
 from fromzero.runner.lock import holding
-from fromzero.runner.loop import Best, train
+from fromzero.runner.loop import Best, evaluates_at, train
 from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.progress import Progress
 from fromzero.runner.samples import samples
@@ -56,10 +57,11 @@ class Outcome:
 
 
 def execute(
-    plan: Plan, loaded: Loaded, place: Place, folder: Path, observers: Sequence[Callable[[Event], None]], *, resume: bool = False
+    plan: Plan, loaded: Loaded, place: Place, folder: Path, observers: Sequence[Callable[[Event], None]], *, going: Going | None = None
 ) -> Outcome:
     """Train into a folder, from the start or from its newest whole checkpoint.
 
+    going:  how a run goes on; None for one that begins
     raises: Interrupted after saving on Ctrl-C or SIGTERM; NumbersError where the numbers or limits.seconds stop it
     """
 
@@ -75,8 +77,10 @@ def execute(
         job = assemble(plan, loaded, place)
         torch.manual_seed(plan.recipe.seed)  # the draws of training do not depend on how the model was built
         progress, best = Progress(), Best()
-        if resume:
-            progress = _go_on(folder, job, best, tell)
+        if going is not None:
+            progress = _restored(folder, job, best, tell)
+            for warned in go_on_with(going, job.plan, loaded, place, progress):
+                tell(warned)
         tell(_planned(plan, folder))
         tell(Started(folder.name, str(folder), progress.step, time.time()))
         before = frozen_digest(job.model, job.frozen)
@@ -107,8 +111,6 @@ class _Run:
         self.job, self.progress, self.best, self.folder, self.tell, self.stop = job, progress, best, folder, tell, stop
         self.saved_at, self.saved_step = time.monotonic(), progress.step
         self.gave_back_at = 0.0
-        self.last: Evaluated | None = None
-        self.kept: Evaluated | None = None
         self.samples: list[Sampled] = []
         self.first = {name: _bits(p) for name, p in job.model.named_parameters() if p.requires_grad}
         self.check_at = min(progress.step + MOVED_AFTER, job.plan.steps)
@@ -124,12 +126,10 @@ class _Run:
                     self._keep_to_the_plan()
                     if event.step == self.check_at:
                         self._warn_of_the_unmoved()
-                if isinstance(event, Evaluated):
-                    if recipe.task == "language" or self.progress.step == plan.steps:
-                        self.sample()
-                    self.last = event
-                    self.kept = event if event.best or recipe.evaluate.keep == "last" or self.kept is None else self.kept
-                self._maybe_save()
+                if isinstance(event, Evaluated) and (recipe.task == "language" or self.progress.step == plan.steps):
+                    self.sample()
+                if not isinstance(event, StepDone) or not evaluates_at(plan, event.step):  # a checkpoint holds what was measured there
+                    self._maybe_save()
         except NumbersError as error:
             return "stopped", error
         if self.progress.step < plan.steps and self.stop.reason is not None:
@@ -217,9 +217,9 @@ class _Run:
         return result, kept
 
     def _result(self, status: str) -> dict[str, Any]:
-        plan, progress, kept = self.job.plan, self.progress, self.kept
+        plan, progress, kept = self.job.plan, self.progress, self.progress.kept
         seconds, text = max(progress.seconds, 1e-9), plan.facts.data.text
-        validated = {"loss": kept.loss, **kept.metrics} if kept is not None and self.job.validation is not None else {}
+        validated = {} if kept is None else {"loss": kept["loss"], **kept["metrics"]}
         return {
             "run": self.folder.name,
             "status": status,
@@ -235,7 +235,7 @@ class _Run:
             "predicted": {"seconds": plan.predicted_seconds, "peak_memory_bytes": plan.predicted_peak_bytes},
             "train": {"loss": progress.train_loss if progress.loss_count == 0 else progress.loss_sum / progress.loss_count},
             "validation": validated,
-            "kept_step": kept.step if kept is not None else progress.step,
+            "kept_step": progress.step if kept is None else kept["step"],
             "grade": plan.grade,
         }
 
@@ -252,7 +252,7 @@ def _planned(plan: Plan, folder: Path) -> Planned:
     )
 
 
-def _go_on(folder: Path, job: Job, best: Best, tell: Callable[[Event], None]) -> Progress:
+def _restored(folder: Path, job: Job, best: Best, tell: Callable[[Event], None]) -> Progress:
     step, skipped = checkpoint.find(folder / "checkpoints")
     for what in skipped:
         tell(Warned(what))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fromzero.data import epoch_order
+from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, StepDone, Warned
 from fromzero.runner.again import sure_gradients
 from fromzero.runner.assemble import Job
@@ -39,7 +40,7 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
     recipe, plan = job.plan.recipe, job.plan
     size, began = len(job.train), time.perf_counter() - progress.seconds
     set_training(job.model, job.frozen)
-    while progress.step < plan.steps:
+    while not ended(plan, progress):
         order = epoch_order(recipe.seed, progress.epoch, size)
         ends = batch_ends(job, order)
         while progress.step < plan.steps:
@@ -57,16 +58,27 @@ def train(job: Job, progress: Progress, best: Best, stopping: Callable[[], bool]
             progress.advance(len(index), total, count, size)
             progress.seconds = time.perf_counter() - began
             yield StepDone(progress.step, epoch + 1, progress.samples, total / count, lr, float(norm))
-            if progress.step % plan.evaluate_every == 0 or progress.step == plan.steps:
+            if evaluates_at(plan, progress.step):
                 evaluated = evaluate_and_keep(job, progress, best, epoch + 1)
                 progress.seconds = time.perf_counter() - began
                 yield evaluated
-                if recipe.evaluate.stop_after is not None and progress.without_gain >= recipe.evaluate.stop_after:
+                if ended(plan, progress):
                     return
             if stopping():
                 return
             if progress.index == 0:
                 break
+
+
+def evaluates_at(plan: Plan, step: int) -> bool:
+    """Whether a step is followed by an evaluation."""
+    return step % plan.evaluate_every == 0 or step == plan.steps
+
+
+def ended(plan: Plan, progress: Progress) -> bool:
+    """Whether all steps are taken, or enough evaluations were without a gain."""
+    stop_after = plan.recipe.evaluate.stop_after
+    return progress.step >= plan.steps or (stop_after is not None and progress.without_gain >= stop_after)
 
 
 def set_learning_rate(job: Job, step: int) -> float:
@@ -98,4 +110,6 @@ def evaluate_and_keep(job: Job, progress: Progress, best: Best, epoch: int) -> E
             best.weights = {name: tensor.detach().clone() for name, tensor in moving_state(job.model, job.frozen).items()}
     else:
         progress.without_gain += 1
+    if better or progress.kept is None or job.plan.recipe.evaluate.keep == "last":
+        progress.kept = {"step": progress.step, "loss": loss, "metrics": metrics}
     return Evaluated(progress.step, epoch, loss, train_loss, metrics, better)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass
@@ -19,6 +20,7 @@ class Progress:
     best_loss: float | None = None
     best_step: int = 0
     without_gain: int = 0  # evaluations since the best
+    kept: dict[str, Any] | None = None  # step, loss and metrics of the evaluation of the weights that are kept
     seconds: float = 0.0  # spent training, over all restarts
     started: bool = False
 
