@@ -139,7 +139,7 @@ def load(request: Request) -> Loaded:
         text=train.facts(form) if isinstance(train, TextExamples) and isinstance(form, TextFormat) else None,
         chat=None,
     )
-    return Loaded(train, validation, preparation, facts, tuple(map(_contents, sources)))
+    return Loaded(train, validation, preparation, facts, tuple(_contents(side, request.columns) for side in sources))
 
 
 @dataclass(frozen=True)
@@ -165,14 +165,17 @@ class _Part:
         return {name: counter.get(name, 0) for name in answers.names}
 
 
-def _contents(part: _Part) -> Contents:
-    """Of all rows of a part's source: what is read of each, and its label."""
-    source, labels = part.source, part.labels.tolist() if isinstance(part.labels, Tensor) else part.labels
-    inputs = [text.encode("utf-8", "surrogatepass") for text in source.texts] if isinstance(source, TextRows) else part.contents
-    rows = [key + repr(label).encode("utf-8", "surrogatepass") for key, label in zip(inputs, labels, strict=True)]
-    names = source.names if isinstance(source, ImageRows) else ()
-    lines = source.table.lines if isinstance(source, (TableRows, TextRows)) else ()
-    return contents(source.name, "row" if lines else "example", rows, names=names, lines=lines)
+def _contents(part: _Part, asked: Sequence[str] | None) -> Contents:
+    """Of all rows of a part's source. asked: the input columns that were named; None: all count, whatever is found in them"""
+    source = part.source
+    if isinstance(source, (TableRows, TextRows)):
+        columns = source.table.columns if asked is None else (*asked, source.target)
+        cells = zip(*(source.table.columns[name] for name in columns), strict=True)
+        rows = [repr(row).encode("utf-8", "surrogatepass") for row in cells]
+        return contents(source.name, "row", rows, lines=source.table.lines)
+    labels = part.labels.tolist() if isinstance(part.labels, Tensor) else part.labels
+    rows = [key + repr(label).encode("utf-8", "surrogatepass") for key, label in zip(part.contents, labels, strict=True)]
+    return contents(source.name, "example", rows, names=source.names if isinstance(source, ImageRows) else ())
 
 
 def _sides(whole: _Part, strata: Sequence[str], request: Request, notes: list[str]) -> tuple[list[int], _Part | None]:

@@ -12,6 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -189,10 +190,10 @@ def _other_versions(folder: Path) -> Iterator[str]:
         then = dict(line.split("==", 1) for line in (folder / ENVIRONMENT).read_text().splitlines() if "==" in line)
     except OSError:
         return
-    now = dict(line.split("==", 1) for line in _environment() if "==" in line)
     for name in _VERSIONS:
-        if name in then and name in now and then[name] != now[name]:
-            yield f"{name}: {then[name]} → {now[name]}"
+        with suppress(importlib.metadata.PackageNotFoundError):  # run from its source
+            if then.get(name, now := importlib.metadata.version(name)) != now:
+                yield f"{name}: {then[name]} → {now}"
 
 
 def go_on_with(going: Going, plan: Plan, loaded: Loaded, place: Place, progress: Progress) -> Iterator[Warned]:
