@@ -56,6 +56,7 @@ def tiny(tmp_path: Path) -> dict[str, Any]:
         "epochs": 3,
         "optimizer": {"name": "adamw", "lr": 0.05},
         "save": "epoch",
+        "limits": {"threads": 1},
         "report": (),
     }
 

@@ -88,9 +88,7 @@ def test_all_that_may_not_change_is_refused_at_once_by_name_with_the_reason_and_
     assert everything(tmp_path / "r") == before
 
 
-def test_another_optimizer_is_one_fault_and_not_one_for_each_of_its_options(
-    tiny: dict[str, Any], tmp_path: Path, stopped_at: Stop
-) -> None:
+def test_another_optimizer_is_one_fault_and_not_one_for_each_of_its_options(tiny: dict[str, Any], tmp_path: Path, stopped_at: Stop) -> None:
     stopped_at(tiny, tmp_path, 2)
     with pytest.raises(fz.RecipeError, match="optimizer.name: cannot become sgd in a run that was begun with adamw") as caught:
         fz.resume("r", "optimizer={name: sgd, lr: 0.05}", "adapter=lora", runs=tmp_path, quiet=True)
@@ -120,11 +118,9 @@ def test_a_model_given_from_python_is_refused_where_the_run_has_one_of_another_s
 
 
 @pytest.mark.parametrize(
-    "asked", ["save.every=1", "save.keep=5", "limits.seconds=600", "limits.memory=1GB", "limits.threads=1", "report=[page]", "evaluate.samples=0"]
+    "asked", ["save.every=1", "save.keep=5", "limits.seconds=600", "limits.memory=1GB", "report=[page]", "evaluate.samples=0"]
 )
-def test_what_changes_no_number_leaves_the_bits_as_they_were(
-    tiny: dict[str, Any], tmp_path: Path, stopped_at: Stop, asked: str
-) -> None:
+def test_what_changes_no_number_leaves_the_bits_as_they_were(tiny: dict[str, Any], tmp_path: Path, stopped_at: Stop, asked: str) -> None:
     whole = trained({**tiny, "name": "whole"}, tmp_path)
     stopped_at(tiny, tmp_path, 5)
     equal(fz.resume("r", asked, runs=tmp_path, quiet=True), whole)
@@ -135,8 +131,9 @@ def test_what_changes_no_number_leaves_the_bits_as_they_were(
 def test_a_smaller_micro_batch_changes_the_order_of_additions_alone(tiny: dict[str, Any], tmp_path: Path, stopped_at: Stop) -> None:
     whole = trained({**tiny, "name": "whole"}, tmp_path)
     stopped_at(tiny, tmp_path, 5)
-    cut = fz.resume("r", "limits.micro_batch=4", runs=tmp_path, quiet=True)
-    assert plan_of(tmp_path / "r")["micro_batch"] == 4
+    cut = fz.resume("r", "limits.micro_batch=4", "limits.threads=2", runs=tmp_path, quiet=True)
+    noted = plan_of(tmp_path / "r")
+    assert noted["micro_batch"] == 4 and noted["recipe"]["limits"] == {"threads": 2, "micro_batch": 4}
     for name, tensor in whole.model.state_dict().items():
         assert torch.allclose(cut.model.state_dict()[name], tensor, rtol=1e-4, atol=1e-6), name
 
@@ -173,9 +170,7 @@ def test_a_stopped_run_made_longer_or_shorter_ends_in_the_bits_of_one_of_that_le
 
 
 @pytest.mark.parametrize("at", [3, 12, 13, 15])
-def test_what_was_measured_before_a_stop_is_still_said_at_the_end(
-    tiny: dict[str, Any], tmp_path: Path, stopped_at: Stop, at: int
-) -> None:
+def test_what_was_measured_before_a_stop_is_still_said_at_the_end(tiny: dict[str, Any], tmp_path: Path, stopped_at: Stop, at: int) -> None:
     """Also where the stop comes at the step of an evaluation, or after the best one."""
     tiny["epochs"] = 6
     whole = trained({**tiny, "name": "whole"}, tmp_path)
