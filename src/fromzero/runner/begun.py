@@ -140,7 +140,6 @@ def go_on(begun: Begun, recipe: Mapping[str, tuple[Any, Any]], plan: Plan, loade
     if done_at is not None and not recipe:
         raise UserError(
             f"run '{begun.folder.name}' is done after {done_at} steps",
-            why="nothing was changed that would make it longer",
             mend=f"to train on from it, use model: run:{begun.folder.name} in a recipe, or make it longer: epochs=…",
         )
     noted = _noted_data(begun)
