@@ -247,8 +247,26 @@ def test_a_done_run_that_was_made_longer_and_stopped_is_no_longer_done(tiny: dic
     ]
 
 
-def test_a_run_killed_between_its_last_checkpoint_and_its_result_only_ends(tiny: dict[str, Any], tmp_path: Path) -> None:
-    whole = trained(tiny, tmp_path)
+def test_a_done_run_that_was_made_longer_and_killed_goes_on_to_its_new_end(
+    tiny: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = trained({**tiny, "name": "whole", "epochs": 6}, tmp_path)
+    trained(tiny, tmp_path)
+
+    def killed(*_: object) -> float:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr("fromzero.runner.loop.set_learning_rate", killed)
+        fz.resume("r", "epochs=6", runs=tmp_path, quiet=True)
+    equal(fz.resume("r", runs=tmp_path, quiet=True), whole)
+
+
+@pytest.mark.parametrize("length", [{}, {"epochs": 8, "evaluate": {"stop_after": 2}}])
+def test_a_run_killed_between_its_last_checkpoint_and_its_result_only_ends(
+    tiny: dict[str, Any], tmp_path: Path, length: dict[str, Any]
+) -> None:
+    whole = trained(tiny | length, tmp_path)
     (tmp_path / "r" / "result.json").unlink()
     taken = len(rates(tmp_path / "r"))
     equal(fz.resume("r", runs=tmp_path, quiet=True), whole)
