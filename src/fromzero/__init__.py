@@ -261,13 +261,15 @@ def resume(
     accept_changed_data:  go on although the data is not what it was
     raises:               RecipeError naming every key that may not change; DataError naming the rows that have changed
     """
-    from fromzero.runner.begun import go_on, read_begun
+    from fromzero.runner.begun import go_on, read_begun, refuse_done
     from fromzero.runner.execute import execute
     from fromzero.runner.folder import find_run
 
     folder = find_run(Path(runs), name)
     begun = read_begun(folder)
-    planned, changed = _replan(begun, Path(runs), model, data, overrides)
+    recipe, changed = _recipe_of(begun, model, data, overrides)
+    refuse_done(begun, changed)
+    planned = _replan(begun, recipe, Path(runs))
     made = planned.plan
     going = go_on(begun, changed, made, planned.loaded, planned.place, accepted=accept_changed_data)
     watching = _observers(made, folder, quiet)
@@ -277,9 +279,8 @@ def resume(
         _close(watching, made, folder)
 
 
-def _replan(begun: Begun, runs: Path, model: Any, data: Any, overrides: Sequence[str] = ()) -> tuple[Planned, dict[str, tuple[Any, Any]]]:
-    """The plan of a run that exists, from its recipe and overrides; and what has changed in the recipe.  raises: RecipeError where it may not"""
-    from fromzero.planner.make import make
+def _recipe_of(begun: Begun, model: Any, data: Any, overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, tuple[Any, Any]]]:
+    """The recipe of a run that exists, with overrides; and what has changed in it.  raises: RecipeError with every change that may not be"""
     from fromzero.recipe import read as reading
     from fromzero.recipe.changes import changes, refuse_changes
     from fromzero.runner.begun import once_more
@@ -291,9 +292,16 @@ def _replan(begun: Begun, runs: Path, model: Any, data: Any, overrides: Sequence
     recipe = reading.check(written)
     changed = changes(once_more(begun.recipe, recipe), recipe)
     refuse_changes(changed, written, begun.folder.name)
+    return recipe, changed
+
+
+def _replan(begun: Begun, recipe: Recipe, runs: Path) -> Planned:
+    """The plan of a run that exists, with what was measured then: it goes on the same way."""
+    from fromzero.planner.make import make
+
     planned = plan(recipe, runs=runs, probe=False, beside=begun.place)
-    try:  # what was measured then decided how; it goes on the same way
-        return replace(planned, plan=make(recipe, planned.plan.facts.with_noted(begun.facts))), changed
+    try:
+        return replace(planned, plan=make(recipe, planned.plan.facts.with_noted(begun.facts)))
     except (ValueError, KeyError, TypeError):
         raise SourceError("has no whole plan.json", mend="train its recipe.yaml anew", file=str(begun.folder)) from None
 
@@ -380,7 +388,8 @@ def evaluate(
 
     saved = read_model(find_model(source, Path(runs)))
     folder = find_run(Path(runs), source)
-    planned, _ = _replan(read_begun(folder), Path(runs), model, train_data)
+    begun = read_begun(folder)
+    planned = _replan(begun, _recipe_of(begun, model, train_data)[0], Path(runs))
     judge = make_judge(planned.plan, planned.loaded, planned.place)
     if data is None:
         examples, name = planned.loaded.validation, "its validation data"

@@ -96,12 +96,6 @@ def shown(value: Any) -> str:
     """A value as a recipe would hold it."""
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(shown, value))}]"
-    return (
-        "none"
-        if value is None
-        else str(value).lower()
-        if isinstance(value, bool)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "none" if value is None else str(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -128,20 +128,27 @@ def read_begun(folder: Path) -> Begun:
         raise SourceError("has no whole plan.json", mend="train its recipe.yaml anew", file=str(folder)) from None
 
 
+def refuse_done(begun: Begun, recipe: Mapping[str, tuple[Any, Any]]) -> None:
+    """raises: UserError for a run that is done, where nothing has changed in its recipe"""
+    if not recipe and (done_at := _done_at(begun)) is not None:
+        raise UserError(
+            f"run '{begun.folder.name}' is done after {done_at} steps",
+            mend=f"to train on from it, use model: run:{begun.folder.name} in a recipe, or make it longer: epochs=…",
+        )
+
+
+def _done_at(begun: Begun) -> int | None:
+    result = read_result(begun.folder)
+    return int(result["steps"]) if result.get("status") == "done" else None
+
+
 def go_on(begun: Begun, recipe: Mapping[str, tuple[Any, Any]], plan: Plan, loaded: Loaded, place: Place, *, accepted: bool) -> Going:
     """Compare the data, the person's own code and the versions with what the folder says of them.
 
     recipe:   what has changed in it
     accepted: whether changed data may be gone on with
-    raises:   DataError naming what has changed in the data; UserError for a run that is done and was given nothing more to do
+    raises:   DataError naming what has changed in the data
     """
-    result = read_result(begun.folder)
-    done_at = int(result["steps"]) if result.get("status") == "done" else None
-    if done_at is not None and not recipe:
-        raise UserError(
-            f"run '{begun.folder.name}' is done after {done_at} steps",
-            mend=f"to train on from it, use model: run:{begun.folder.name} in a recipe, or make it longer: epochs=…",
-        )
     noted = _noted_data(begun)
     data = tuple(_changed_data(begun.facts.get("data", {}).get("digest", ""), noted, loaded))
     if data and not accepted:
@@ -154,7 +161,7 @@ def go_on(begun: Begun, recipe: Mapping[str, tuple[Any, Any]], plan: Plan, loade
         raise DataError([first, *data])
     code = {str(path.resolve()): digest_of(path) for path in _code(plan.recipe, place)}
     others = [f"{path} has changed" for path, sha256 in code.items() if noted["files"].get(path, {}).get("sha256", sha256) != sha256]
-    return Going(begun, recipe, data, (*others, *_other_versions(begun.folder)), done_at)
+    return Going(begun, recipe, data, (*others, *_other_versions(begun.folder)), _done_at(begun))
 
 
 def _noted_data(begun: Begun) -> dict[str, Any]:
