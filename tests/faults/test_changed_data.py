@@ -211,6 +211,10 @@ def test_rows_of_text_are_compared_to_the_last_blank_and_a_tokenizer_is_told_fro
     rows = lines(table)
     rewrite(table, [*rows[:8], rows[8].replace("the ", "the  "), *rows[9:]])
     assert refused(tmp_path) == [f"{table}: row 8 (line 9) has changed"]
+    rewrite(table, rows)
+    made.write_text(tk.byte_pairs([" ".join(reversed(line.split())) for line in rows], 300))
+    (said,) = refused(tmp_path)
+    assert said.startswith(f"{table}: every row is as it was, but what is made of them is not; the tokenizer, the chat template or")
 
 
 def test_conversations_are_named_by_line(tiny: dict[str, Any], tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def load(request: Request) -> Loaded:
         target_std=() if classes else tuple(learned.std(0, correction=0).tolist()),
         given_indices=given,
         bytes=_bytes(train) + (_bytes(validation) if validation is not None else 0),
-        digest=_digest(train_keys, train.targets, held_keys),
+        digest=_digest(train_keys, train, held_keys),
         text=train.facts(form) if isinstance(train, TextExamples) and isinstance(form, TextFormat) else None,
         chat=None,
     )
@@ -350,11 +350,13 @@ def _bytes(examples: Examples) -> int:
     return examples.inputs.nbytes + examples.targets.nbytes if isinstance(examples, TensorExamples) else 0
 
 
-def _digest(train_keys: Sequence[bytes], targets: Tensor, held_keys: Sequence[bytes]) -> str:
+def _digest(train_keys: Sequence[bytes], train: Examples, held_keys: Sequence[bytes]) -> str:
     digest = hashlib.sha256()
     for key in train_keys:
         digest.update(key)
-    digest.update(targets.contiguous().numpy().tobytes())
+    digest.update(train.targets.contiguous().numpy().tobytes())
+    if isinstance(train, TextExamples):
+        digest.update(train.flat.numpy().tobytes())  # the same texts are other data to another tokenizer
     for key in held_keys:
         digest.update(key)
     return digest.hexdigest()
