@@ -1,5 +1,8 @@
 """What several tests share: real data and real weights, where they are to be had, and a job small enough for hundreds of saves."""
 
+import os
+import random
+import signal
 from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
@@ -92,3 +95,40 @@ def equal() -> Callable[[dict[str, Any], dict[str, Any]], bool]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Tiny]:
     return lambda **recipe: Tiny(tmp_path / "runs", **recipe)
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> dict[str, Any]:
+    """A recipe that trains in milliseconds, on 64 rows of noise: its best evaluation is an early one."""
+    draw = random.Random(4)
+    rows = [f"{draw.gauss(0, 1):.3f},{draw.gauss(0, 1):.3f},{draw.choice('abc')}" for _ in range(64)]
+    (tmp_path / "tiny.csv").write_text("\n".join(["x,y,kind", *rows]) + "\n")
+    return {
+        "name": "r",
+        "task": "classify",
+        "model": {"from": "mlp", "hidden": [4]},
+        "data": {"train": str(tmp_path / "tiny.csv"), "target": "kind", "hold_out": 0.25},
+        "batch": 16,
+        "epochs": 3,
+        "optimizer": {"name": "adamw", "lr": 0.05},
+        "save": "epoch",
+        "limits": {"threads": 1},
+        "report": (),
+    }
+
+
+@pytest.fixture
+def stopped_at() -> Callable[..., fz.Planned]:
+    """Train a recipe until a signal comes at a step; the run is saved there."""
+
+    def stop(recipe: dict[str, Any], runs: Path, step: int) -> fz.Planned:
+        def interrupt(event: object) -> None:
+            if isinstance(event, StepDone) and event.step == step:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        planned = fz.plan(recipe, runs=runs, probe=False)
+        with pytest.raises(fz.Interrupted, match=f"stopped after step {step} of"):
+            fz.run(planned, quiet=True, observers=[interrupt])
+        return planned
+
+    return stop

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from fromzero.recipe.schema import SGD, Adam, AdamW, Recipe, RMSProp
     from fromzero.report.events import Event
     from fromzero.runner.assemble import Place
+    from fromzero.runner.begun import Begun
     from fromzero.runner.execute import Outcome
     from fromzero.runner.start import Start
     from fromzero.use.export import Exported
@@ -135,12 +136,7 @@ def plan(
     from fromzero.runner.probe import probe as take_trial_steps
     from fromzero.runner.start import find_start
 
-    if isinstance(recipe, (str, Path)):
-        beside, recipe = beside or Path(recipe).parent, read(recipe)
-    elif isinstance(recipe, Mapping):
-        from fromzero.recipe.read import from_values
-
-        recipe = from_values(recipe)
+    recipe, beside = _asked(recipe, beside)
     folders = tuple(dict.fromkeys([beside or Path(), Path()]))
     start = find_start(recipe.model.source, folders, Path(runs), fresh=recipe.model.weights == "none")
     place = Place(folders, Path(runs), start)
@@ -150,6 +146,17 @@ def plan(
         facts = seen.facts.with_measured(take_trial_steps(made, seen.loaded, place))
         made = make(recipe, facts.with_record(corrections(Path(runs), facts.machine)))
     return Planned(made, seen.loaded, place)
+
+
+def _asked(recipe: Recipe | str | Path | Mapping[str, Any], beside: Path | None = None) -> tuple[Recipe, Path | None]:
+    """A recipe however it was given, and the folder that its relative paths start from."""
+    if isinstance(recipe, (str, Path)):
+        return read(recipe), beside or Path(recipe).parent
+    if isinstance(recipe, Mapping):
+        from fromzero.recipe.read import from_values
+
+        return from_values(recipe), beside
+    return recipe, beside
 
 
 def _reader(start: Start, recipe: Recipe) -> Reader:
@@ -174,12 +181,13 @@ def run(planned: Planned, *, observers: Sequence[Callable[[Event], None]] = (), 
     raises:     PlanRefused where the plan has errors; Interrupted, NumbersError
     """
     from fromzero.planner.make import refuse
+    from fromzero.runner.begun import describe
     from fromzero.runner.execute import execute
-    from fromzero.runner.folder import describe, new_folder
+    from fromzero.runner.folder import new_folder
 
     made = refuse(planned.plan)
     folder = new_folder(planned.place.runs, made.recipe.name or "run")
-    describe(folder, made, planned.place.folders)
+    describe(folder, made, planned.loaded, planned.place)
     watching = _observers(made, folder, quiet)
     try:
         return execute(made, planned.loaded, planned.place, folder, [*watching, *observers])
@@ -188,13 +196,20 @@ def run(planned: Planned, *, observers: Sequence[Callable[[Event], None]] = (), 
 
 
 def train(
-    recipe: Recipe | str | Path | Mapping[str, Any] | None = None, *, runs: str | Path = "runs", quiet: bool = False, **keys: Any
+    recipe: Recipe | str | Path | Mapping[str, Any] | None = None,
+    *,
+    runs: str | Path = "runs",
+    requeue: bool = False,
+    quiet: bool = False,
+    **keys: Any,
 ) -> Outcome:
     """Plan and run in one call, from a recipe or from its keys:
 
         fz.train(model=Net(), data=(x, y), loss="cross_entropy", optimizer=fz.SGD(lr=0.01), batch=64, epochs=10)
 
     A module given from Python ends with the weights that the run keeps.
+
+    requeue:  go on with the newest run that was started from this recipe, or begin one where there is none; what is done is not trained
     """
     if recipe is None:
         given = keys.get("model")
@@ -208,7 +223,7 @@ def train(
     from fromzero.runner.folder import refuse_unwritable
 
     refuse_unwritable(Path(runs))
-    outcome = run(plan(recipe, runs=runs), quiet=quiet)
+    outcome = _requeued(*_asked(recipe), runs, quiet) if requeue else run(plan(recipe, runs=runs), quiet=quiet)
     given = keys.get("model")
     if hasattr(given, "load_state_dict") and given is not None:
         ours, theirs = outcome.model.state_dict(), given.state_dict()
@@ -217,70 +232,84 @@ def train(
     return outcome
 
 
+def _requeued(recipe: Recipe, beside: Path | None, runs: str | Path, quiet: bool) -> Outcome:
+    """The run of a recipe, gone on with, begun, or as it ended."""
+    from fromzero.recipe.schema import Given
+    from fromzero.runner.begun import started_from
+    from fromzero.runner.execute import Outcome
+    from fromzero.runner.folder import read_result
+
+    found = started_from(recipe, beside or Path(), Path(runs))
+    if found is None:
+        return run(plan(recipe, runs=runs, beside=beside), quiet=quiet)
+    model, data = (source.value if isinstance(source, Given) else None for source in (recipe.model.source, recipe.data.train))
+    result = read_result(found)
+    if result.get("status") == "done":
+        return Outcome(found, result, load(f"run:{found.name}", runs=runs, model=model))
+    return resume(found.name, runs=runs, model=model, data=data, quiet=quiet)
+
+
 def resume(
     name: str,
-    *,
+    *overrides: str,
     runs: str | Path = "runs",
     model: Any = None,
     data: Any = None,
+    accept_changed_data: bool = False,
     observers: Sequence[Callable[[Event], None]] = (),
     quiet: bool = False,
 ) -> Outcome:
     """Go on where a run stopped, to the bits that it would have ended in. Model and data must be given again if they came from Python.
 
-    observers:  as in run
+    overrides:            `dotted.key=value` of what may change in a run that goes on, such as epochs=20; docs/resume.md lists them
+    accept_changed_data:  go on although the data is not what it was
+    observers:            as in run
+    raises:               RecipeError naming every key that may not change; DataError naming the rows that have changed
     """
+    from fromzero.runner.begun import go_on, read_begun, refuse_done
     from fromzero.runner.execute import execute
-    from fromzero.runner.folder import find_run, refuse_finished, refuse_unwritable
+    from fromzero.runner.folder import find_run, refuse_unwritable
 
     folder = find_run(Path(runs), name)
-    refuse_finished(folder)
     refuse_unwritable(folder)
-    planned, noted = _replan(folder, Path(runs), model, data)
+    begun = read_begun(folder)
+    recipe, changed = _recipe_of(begun, model, data, overrides)
+    refuse_done(begun, changed)
+    planned = _replan(begun, recipe, Path(runs))
     made = planned.plan
-    if made.facts.data.digest != noted.get("facts", {}).get("data", {}).get("digest", ""):
-        raise DataError(
-            "the data has changed since the run began",
-            why="its digest differs from the one in plan.json",
-            mend="put the old data back, or train anew",
-            file=made.facts.data.source,
-        )
+    going = go_on(begun, changed, made, planned.loaded, planned.place, accepted=accept_changed_data)
     watching = _observers(made, folder, quiet)
     try:
-        return execute(made, planned.loaded, planned.place, folder, [*watching, *observers], resume=True)
+        return execute(made, planned.loaded, planned.place, folder, [*watching, *observers], going=going)
     finally:
         _close(watching)
 
 
-def _replan(folder: Path, runs: Path, model: Any, data: Any) -> tuple[Planned, dict[str, Any]]:
-    """The plan of a run that exists, from its recipe, and what plan.json noted then."""
-    import json
-
+def _recipe_of(begun: Begun, model: Any, data: Any, overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, tuple[Any, Any]]]:
+    """The recipe of a run that exists, with overrides; and what has changed in it.  raises: RecipeError with every change that may not be"""
     from fromzero.recipe import read as reading
-    from fromzero.recipe.schema import Given
+    from fromzero.recipe.changes import changes, refuse_changes
+    from fromzero.runner.begun import once_more
 
-    written = reading.parse((folder / "recipe.yaml").read_bytes(), str(folder / "recipe.yaml"))
-    if model is not None:
-        written.values["model"] = {**_section(written.values["model"], "from"), "from": Given(model)}
-    if data is not None:
-        written.values["data"] = {**_section(written.values["data"], "train"), "train": Given(data)}
-    try:
-        noted = json.loads((folder / "plan.json").read_text())
-        beside = Path(noted["place"])
-    except (OSError, ValueError, KeyError):
-        raise SourceError("has no whole plan.json", mend="train its recipe.yaml anew", file=str(folder)) from None
-    planned = plan(reading.check(written), runs=runs, probe=False, beside=beside)
+    path = begun.folder / "recipe.yaml"
+    written = reading.parse(path.read_bytes(), str(path))
+    reading.override(written, overrides)
+    written.values = reading.given_again(written.values, model, data)
+    recipe = reading.check(written)
+    changed = changes(once_more(begun.recipe, recipe), recipe)
+    refuse_changes(changed, written, begun.folder.name)
+    return recipe, changed
+
+
+def _replan(begun: Begun, recipe: Recipe, runs: Path) -> Planned:
+    """The plan of a run that exists, with what was measured then: it goes on the same way."""
     from fromzero.planner.make import make
 
-    try:  # what was measured then decided how; it goes on the same way
-        planned = replace(planned, plan=make(planned.plan.recipe, planned.plan.facts.with_noted(noted["facts"])))
+    planned = plan(recipe, runs=runs, probe=False, beside=begun.place)
+    try:
+        return replace(planned, plan=make(recipe, planned.plan.facts.with_noted(begun.facts)))
     except (ValueError, KeyError, TypeError):
-        raise SourceError("has no whole plan.json", mend="train its recipe.yaml anew", file=str(folder)) from None
-    return planned, noted
-
-
-def _section(value: Any, short: str) -> dict[str, Any]:
-    return dict(value) if isinstance(value, Mapping) else {short: value}
+        raise SourceError("has no whole plan.json", mend="train its recipe.yaml anew", file=str(begun.folder)) from None
 
 
 def load(
@@ -386,12 +415,14 @@ def evaluate(
             raise UserError("there are no questions", mend="name a JSON-lines file of them")
         return score(open_speaker(source, Path(runs)), str(data), task)
     from fromzero.runner.assemble import make_judge
+    from fromzero.runner.begun import read_begun
     from fromzero.runner.folder import find_run
     from fromzero.runner.saved import find_model, read_model
 
     saved = read_model(find_model(source, Path(runs)))
     folder = find_run(Path(runs), source)
-    planned, _ = _replan(folder, Path(runs), model, train_data)
+    begun = read_begun(folder)
+    planned = _replan(begun, _recipe_of(begun, model, train_data)[0], Path(runs))
     judge = make_judge(planned.plan, planned.loaded, planned.place)
     if data is None:
         examples, name = planned.loaded.validation, "its validation data"

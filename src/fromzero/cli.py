@@ -191,37 +191,62 @@ def _plan_alone(recipe: str, overrides: list[str] | None, runs: str) -> fz.Plan:
 
 
 @app.command()
-def train(recipe: RecipeFile, overrides: Overrides = None, runs: Runs = "runs", as_json: AsJson = False, debug: Debug = False) -> None:
-    """Plan, then train. Ctrl-C and SIGTERM save and stop."""
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    requeue: Annotated[
+        bool, typer.Option("--requeue", help="go on with the newest run of this recipe; begin one where there is none")
+    ] = False,
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Plan, then train. Ctrl-C and SIGTERM save and stop; with --requeue the same command then goes on, until the run is done."""
 
     def work() -> Any:
         from fromzero.runner.folder import refuse_unwritable
 
         refuse_unwritable(Path(runs))
+        if requeue and (found := _requeued(recipe, overrides, runs)) is not None:
+            return found
         planned = _planned(recipe, overrides, runs)
         for finding in planned.plan.findings:
             if finding.severity == "warning":
                 print(f"! {finding}", file=sys.stderr)
         outcome = fz.run(planned)
-        return _Both((_closing(outcome, runs), outcome.result))
+        return _Both((_closing(outcome.result, outcome.folder, runs), outcome.result))
 
     _answer(work, as_json, debug, str)
+
+
+def _requeued(recipe: str, overrides: list[str] | None, runs: str) -> _Both | None:
+    """What the run of a recipe says in the end, gone on with if it is not done; None where there is none."""
+    from fromzero.runner.begun import started_from
+    from fromzero.runner.folder import read_result
+
+    folder = started_from(fz.read(recipe, *(overrides or [])), Path(recipe).parent, Path(runs))
+    if folder is None:
+        return None
+    result, said = read_result(folder), "nothing was trained: the run of this recipe is done\n"
+    if result.get("status") != "done":
+        result, said = fz.resume(folder.name, runs=runs).result, ""
+    return _Both((said + _closing(result, folder, runs), result))
 
 
 _USES = {"chat": ("chat", ""), "language": ("generate", " --prompt TEXT")}  # of a run, by its task; predict else
 
 
-def _closing(outcome: Any, runs: str) -> str:
+def _closing(result: dict[str, Any], folder: Path, runs: str) -> str:
     from fromzero.report.summary import format_count, format_seconds
 
-    result, where = outcome.result, "" if runs == "runs" else f" --runs {runs}"
+    where = "" if runs == "runs" else f" --runs {runs}"
     use, more = _USES.get(result["task"], ("predict", " INPUT"))
     measured = ", ".join(f"{name} {value:.4g}" for name, value in result["validation"].items())
     lines = [
         f"{result['run']}: {format_count(result['steps'])} steps in {format_seconds(result['seconds'])}"
         + (f"; validation {measured}" if measured else ""),
         f"  {use:<9} fromzero {use} run:{result['run']}{more}{where}",
-        f"  curves    fromzero runs {result['run']}{where}   or open {outcome.folder / 'page.html'}",
+        f"  curves    fromzero runs {result['run']}{where}   or open {folder / 'page.html'}",
     ]
     return "\n".join(lines)
 
@@ -229,15 +254,17 @@ def _closing(outcome: Any, runs: str) -> str:
 @app.command()
 def resume(
     run: Annotated[str, typer.Argument(metavar="RUN", help="its name or folder")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="what is to change, such as epochs=20")] = None,
+    accept: Annotated[bool, typer.Option("--accept-changed-data", help="go on although the data is not what it was")] = False,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Go on exactly where a run stopped."""
+    """Go on exactly where a run stopped. docs/resume.md lists what may change; a run that is done may be made longer."""
 
     def work() -> Any:
-        outcome = fz.resume(run, runs=runs)
-        return _Both((_closing(outcome, runs), outcome.result))
+        outcome = fz.resume(run, *(overrides or []), runs=runs, accept_changed_data=accept)
+        return _Both((_closing(outcome.result, outcome.folder, runs), outcome.result))
 
     _answer(work, as_json, debug, str)
 

@@ -18,6 +18,7 @@ from fromzero.planner.make import make
 from fromzero.planner.values import Plan, Record
 from fromzero.report.events import Event, Warned
 from fromzero.runner import ledger
+from fromzero.runner.begun import read_begun
 
 SHORT, LONG = 0.4, 10.0  # seconds
 
@@ -268,10 +269,12 @@ def test_a_run_that_goes_on_is_planned_by_what_was_noted_and_not_by_the_ledger(f
     planned, _ = trained(folder, tmp_path)
     for number in range(9):
         note(tmp_path, predicting(plan, LONG), f"r{number}", 7 * LONG)
-    again, noted = fz._replan(tmp_path / "r", tmp_path, None, None)
+    begun = read_begun(tmp_path / "r")
+    again = fz._replan(begun, fz._recipe_of(begun, None, None)[0], tmp_path)
     assert again.plan.facts.record == planned.plan.facts.record
     assert (again.plan.predicted_seconds, again.plan.predicted_seconds_between) == (
         planned.plan.predicted_seconds,
         planned.plan.predicted_seconds_between,
     )
+    noted = json.loads((tmp_path / "r" / "plan.json").read_text())
     assert noted["predicted_seconds"] == planned.plan.predicted_seconds

@@ -89,6 +89,7 @@ def test_new_plan_train_runs_evaluate_predict_in_a_row(flowers: Path) -> None:
         "grade",
     } <= set(result)
     assert sorted(p.name for p in (flowers / "runs" / "flowers").iterdir()) == [
+        "data.json",
         "environment.txt",
         "events.jsonl",
         "model",

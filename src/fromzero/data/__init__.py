@@ -4,6 +4,7 @@ from fromzero.data.again import again
 from fromzero.data.answers import Classes, Numbers, Soft
 from fromzero.data.augment import Augmentation
 from fromzero.data.chat import chat_again, load_chat
+from fromzero.data.contents import Contents, differences
 from fromzero.data.conversations import ChatFacts
 from fromzero.data.examples import IGNORED, Examples, Inputs, TensorExamples
 from fromzero.data.images import ImageFormat
@@ -22,6 +23,7 @@ __all__ = [
     "ChatFacts",
     "ChatFormat",
     "Classes",
+    "Contents",
     "DataFacts",
     "Examples",
     "ImageFormat",
@@ -41,6 +43,7 @@ __all__ = [
     "chat_again",
     "corpus_again",
     "count_batches",
+    "differences",
     "epoch_batches",
     "epoch_order",
     "largest_batch",

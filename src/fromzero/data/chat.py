@@ -17,6 +17,7 @@ import torch
 
 import fromzero.data.tokens as tk
 from fromzero.data.answers import Soft
+from fromzero.data.contents import Contents, contents
 from fromzero.data.conversations import ChatFacts, Conversations, read_conversations
 from fromzero.data.load import DataFacts, Loaded, Preparation, conflicts, nothing_apart
 from fromzero.data.opening import ChatAsked, Request
@@ -39,7 +40,11 @@ def load_chat(request: Request) -> Loaded:
     read = read_conversations(request.train, asked.mapping, request.folders, request.skip_broken)
     notes = [f"columns that are no part of a conversation: {', '.join(read.unused)}"] if read.unused else []
     notes += [f"broken, left out: {fault}" for fault in read.left_out]
-    train, held, shared = _sides(read, request, notes)
+    apart = (
+        () if request.validation is None else (read_conversations(request.validation, asked.mapping, request.folders, request.skip_broken),)
+    )
+    notes += [f"validation: broken, left out: {fault}" for other in apart for fault in other.left_out]
+    train, held, shared = _sides(read, apart, request, notes)
     rooms = [room for room in (asked.max_tokens, asked.context) if room is not None]
     form = ChatFormat(asked.tokenizer, asked.template, asked.special, asked.stops, min(rooms, default=None))
     encoded = _encode(form, [*train, *held], asked.turns)
@@ -70,6 +75,7 @@ def load_chat(request: Request) -> Loaded:
             text=text,
             chat=_facts(read.shape, asked, form, [*train, *held], encoded, examples),
         ),
+        tuple(map(_contents, [read, *apart])),
     )
 
 
@@ -88,14 +94,14 @@ def _asked(request: Request) -> ChatAsked:
     return request.chat
 
 
-def _sides(read: Conversations, request: Request, notes: list[str]) -> tuple[Sequence[Conversation], Sequence[Conversation], int]:
+def _sides(
+    read: Conversations, validation: Sequence[Conversations], request: Request, notes: list[str]
+) -> tuple[Sequence[Conversation], Sequence[Conversation], int]:
     """Conversations to learn from, those to measure on, and how many of these stand in train too."""
     train: Sequence[Conversation] = read.items
     held: Sequence[Conversation] = ()
-    if request.validation is not None:
-        other = read_conversations(request.validation, _asked(request).mapping, request.folders, request.skip_broken)
-        notes += [f"validation: broken, left out: {fault}" for fault in other.left_out]
-        held = other.items
+    if validation:
+        held = validation[0].items
     elif request.hold_out:
         places = hold_out([_key(one.messages) for one in train], [""] * len(train), request.hold_out, request.seed)
         train, held = (tuple(read.items[p] for p in side) for side in places)
@@ -108,6 +114,11 @@ def _sides(read: Conversations, request: Request, notes: list[str]) -> tuple[Seq
     if held and not apart and not request.keep_shared:
         raise nothing_apart(len(held), str(request.validation))
     return train, held if request.keep_shared else apart, len(held) - len(apart)
+
+
+def _contents(read: Conversations) -> Contents:
+    rows = [repr((one.messages, one.tools)).encode("utf-8", "surrogatepass") for one in read.items]
+    return contents(read.name, "conversation", rows, lines=[int(one.where.rpartition(":")[2]) for one in read.items])
 
 
 def _key(messages: Sequence[dict[str, Any]]) -> bytes:

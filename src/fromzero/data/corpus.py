@@ -41,11 +41,13 @@ _SAY_SECONDS = 5.0  # between two lines of progress
 
 @dataclass(frozen=True)
 class Corpus:
-    """documents: begins to read; the blocks of text of each document.  folder: of the cache; None: it is small, and in memory"""
+    """documents: begins to read; the blocks of text of each document.  folder: of the cache; None: it is small, and in memory
+    names: of the files that the documents are; () where they are none"""
 
     name: str
     documents: Callable[[], Iterator[Iterable[str]]]
     folder: Path | None = None
+    names: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,9 @@ import numpy as np
 import fromzero.data.tokens as tk
 from fromzero.data.answers import Soft
 from fromzero.data.columns import inspect_column
+from fromzero.data.contents import Contents, contents
 from fromzero.data.corpus import Corpus, Part, content_key, fit, folder_of, pieces, survey
+from fromzero.data.images import printable
 from fromzero.data.load import DataFacts, Loaded, Preparation
 from fromzero.data.opening import TABLES, Request, find_path
 from fromzero.data.split import hold_out_contents
@@ -36,6 +38,7 @@ def load_corpus(request: Request) -> Loaded:
     corpus = read_corpus(request.train, request)
     train = survey(corpus)
     held = survey(read_corpus(request.validation, request)) if request.validation is not None else None
+    sources = tuple(_contents(part) for part in (train, held) if part is not None)
     if held is None and request.hold_out:
         train, held = _split(train, request.hold_out, request.seed)
     form = fit(request.text, train)
@@ -74,7 +77,13 @@ def load_corpus(request: Request) -> Loaded:
             digest=content_key(form.tokenizer, train.contents.tobytes(), contents.tobytes()),
             text=facts,
         ),
+        sources,
     )
+
+
+def _contents(part: Part) -> Contents:
+    rows = [one.tobytes() for one in part.contents]
+    return contents(part.corpus.name, "document", rows, names=part.corpus.names)
 
 
 def _notes(form: TextFormat, corpus: Corpus, tokenizer: str) -> Iterator[str]:
@@ -105,11 +114,11 @@ def read_corpus(source: Any, request: Request) -> Corpus:
         return _of_table(path, request)
     files = text_files(path) if path.is_dir() else [path]
     if sum(file.stat().st_size for file in files) > IN_MEMORY:
-        return Corpus(str(path), lambda: _of_files(files), folder_of(files, None))
-    documents = [text for text in map(read_text, files) if text.strip()]
+        return Corpus(str(path), lambda: _of_files(files), folder_of(files, None), _below(path, files))
+    documents = {file: text for file in files if (text := read_text(file)).strip()}
     if not documents:
         raise DataError(f"holds no text ({len(files)} text files)", file=str(path), mend="name a .txt file, a folder of them, or a table")
-    return _in_memory(str(path), documents)
+    return _in_memory(str(path), list(documents.values()), _below(path, documents))
 
 
 def text_files(folder: Path) -> list[Path]:
@@ -117,8 +126,13 @@ def text_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*.txt")) if path.is_file() and not path.name.startswith(".")]
 
 
-def _in_memory(name: str, documents: Iterable[str]) -> Corpus:
-    return Corpus(name, lambda: ([text] for text in documents))
+def _below(folder: Path, files: Iterable[Path]) -> tuple[str, ...]:
+    """Names of documents that are files of a folder"""
+    return tuple(printable(str(file.relative_to(folder))) for file in files) if folder.is_dir() else ()
+
+
+def _in_memory(name: str, documents: Iterable[str], names: tuple[str, ...] = ()) -> Corpus:
+    return Corpus(name, lambda: ([text] for text in documents), names=names)
 
 
 def _of_files(files: list[Path]) -> Iterator[Iterable[str]]:

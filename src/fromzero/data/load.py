@@ -17,6 +17,7 @@ from torch import Tensor
 from fromzero.data.answers import Answers, Classes, Soft, answered, check_finite, find_classes, fit_numbers, read_numbers
 from fromzero.data.catalogue import NAMED_SETS
 from fromzero.data.columns import Columns, as_word
+from fromzero.data.contents import Contents, contents
 from fromzero.data.conversations import ChatFacts
 from fromzero.data.examples import Examples, TensorExamples
 from fromzero.data.images import ImageFormat, printable
@@ -76,10 +77,13 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class Loaded:
+    """contents: of each source, the training data's first."""
+
     train: Examples
     validation: Examples | None
     preparation: Preparation
     facts: DataFacts
+    contents: tuple[Contents, ...] = ()
 
 
 def load(request: Request) -> Loaded:
@@ -94,6 +98,7 @@ def load(request: Request) -> Loaded:
     strata = [as_word(label) for label in labels] if isinstance(answers, Classes) else [""] * len(source)
     whole = _Part(source, labels, source.keys(), rows)
     train_rows, held = _sides(whole, strata, request, notes)
+    sources = [whole, *([held] if held is not None and held.source is not source else [])]
     part = replace(whole, rows=train_rows)
     keys, train_keys = whole.keys(), part.keys()
     known, by_content = set(train_keys), not isinstance(source, ItemRows)
@@ -132,11 +137,11 @@ def load(request: Request) -> Loaded:
         target_std=() if classes else tuple(learned.std(0, correction=0).tolist()),
         given_indices=given,
         bytes=_bytes(train) + (_bytes(validation) if validation is not None else 0),
-        digest=_digest(train_keys, train.targets, held_keys),
+        digest=_digest(train_keys, train, held_keys),
         text=train.facts(form) if isinstance(train, TextExamples) and isinstance(form, TextFormat) else None,
         chat=None,
     )
-    return Loaded(train, validation, preparation, facts)
+    return Loaded(train, validation, preparation, facts, tuple(_contents(side, request.columns) for side in sources))
 
 
 @dataclass(frozen=True)
@@ -164,6 +169,19 @@ class _Part:
     def first(self) -> dict[str, str]:
         rows = {as_word(self.labels[row]): row for row in reversed(self.rows)}
         return {name: printable(self.source.where(row)) for name, row in sorted(rows.items())}
+
+
+def _contents(part: _Part, asked: Sequence[str] | None) -> Contents:
+    """Of all rows of a part's source. asked: the input columns that were named; None: all count, whatever is found in them"""
+    source = part.source
+    if isinstance(source, (TableRows, TextRows)):
+        columns = source.table.columns if asked is None else (*asked, source.target)
+        cells = zip(*(source.table.columns[name] for name in columns), strict=True)
+        rows = [repr(row).encode("utf-8", "surrogatepass") for row in cells]
+        return contents(source.name, "row", rows, lines=source.table.lines)
+    labels = part.labels.tolist() if isinstance(part.labels, Tensor) else part.labels
+    rows = [key + repr(label).encode("utf-8", "surrogatepass") for key, label in zip(part.contents, labels, strict=True)]
+    return contents(source.name, "example", rows, names=source.names if isinstance(source, ImageRows) else ())
 
 
 def _sides(whole: _Part, strata: Sequence[str], request: Request, notes: list[str]) -> tuple[list[int], _Part | None]:
@@ -341,11 +359,13 @@ def _bytes(examples: Examples) -> int:
     return examples.inputs.nbytes + examples.targets.nbytes if isinstance(examples, TensorExamples) else 0
 
 
-def _digest(train_keys: Sequence[bytes], targets: Tensor, held_keys: Sequence[bytes]) -> str:
+def _digest(train_keys: Sequence[bytes], train: Examples, held_keys: Sequence[bytes]) -> str:
     digest = hashlib.sha256()
     for key in train_keys:
         digest.update(key)
-    digest.update(targets.contiguous().numpy().tobytes())
+    digest.update(train.targets.contiguous().numpy().tobytes())
+    if isinstance(train, TextExamples):
+        digest.update(train.flat.numpy().tobytes())  # the same texts are other data to another tokenizer
     for key in held_keys:
         digest.update(key)
     return digest.hexdigest()

@@ -259,6 +259,11 @@ class ImageRows:
     def keys(self) -> list[bytes]:
         return self._keys
 
+    @property
+    def names(self) -> list[str]:
+        """The path of each row below the folder"""
+        return [printable(str(self.tree.paths[row].relative_to(self.tree.root))) for row in self._rows]
+
     def where(self, row: int) -> str:
         return printable(str(self.tree.paths[self._rows[row]]))
 

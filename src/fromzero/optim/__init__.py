@@ -2,6 +2,6 @@
 
 from fromzero.optim.groups import lr_multiplier, parameter_groups
 from fromzero.optim.optimizers import OPTIMIZERS, make_optimizer
-from fromzero.optim.schedules import SCHEDULES, lr_factor
+from fromzero.optim.schedules import SCHEDULES, follows_length, lr_factor
 
-__all__ = ["OPTIMIZERS", "SCHEDULES", "lr_factor", "lr_multiplier", "make_optimizer", "parameter_groups"]
+__all__ = ["OPTIMIZERS", "SCHEDULES", "follows_length", "lr_factor", "lr_multiplier", "make_optimizer", "parameter_groups"]

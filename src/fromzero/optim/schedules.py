@@ -49,6 +49,11 @@ def lr_factor(
     return shape(step - rise, max(1, total - rise), floor=floor, every=every, factor=factor, peak_at=peak_at)
 
 
+def follows_length(name: str, *, warmup: float = 0.0, every: float = 0.34, **_: float) -> bool:
+    """Whether the factor of some step depends on how many there are in all."""
+    return name not in ("constant", "step") or 0 < warmup < 1 or (name == "step" and every < 1)
+
+
 def constant(step: int, total: int, **_: float) -> float:
     """1 at every step."""
     return 1.0

@@ -87,6 +87,16 @@ def _held(source: Any) -> Any:
     return source if source is None or isinstance(source, (str, Given)) else Given(source)
 
 
+def given_again(values: Mapping[str, Any], model: Any = None, data: Any = None) -> dict[str, Any]:
+    """The values of a recipe with a model and data from Python in their places; None leaves what stands there."""
+    found = dict(values)
+    for key, inner, value in (("model", "from", model), ("data", "train", data)):
+        if value is not None:
+            section = found.get(key)
+            found[key] = {**(section if isinstance(section, Mapping) else {}), inner: Given(value)}
+    return found
+
+
 def parse(data: bytes, file: str) -> Written:
     """YAML bytes → values and places, refusing what makes YAML surprising or costly."""
     if len(data) > MOST_BYTES:

@@ -187,13 +187,15 @@ def saved_weights(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
     return None if path is None else (step_of(path), read_tensors(path / WEIGHTS))
 
 
-def restore(step: Path, job: Job, best: Best, *, frozen: str) -> Progress:
+def restore(step: Path, job: Job, best: Best, *, frozen: str, other_data: bool = False) -> Progress:
     """Put weights, optimizer state and torch's random state back.
+
+    other_data: that the data is not what it was is known and accepted
 
     raises: SourceError listing all by which it belongs to another run, model or data, or does not fit
     """
     manifest, weights = read_manifest(step), read_tensors(step / WEIGHTS)
-    faults = [*_of_another_run(step, manifest, job, frozen)]
+    faults = [fault for fault in _of_another_run(step, manifest, job, frozen) if not (other_data and fault.key == "data")]
     try:
         check_fit(moving_state(job.model, job.frozen), weights, file=str(step))
     except SourceError as error:

@@ -23,7 +23,8 @@ from fromzero.report.summary import format_bytes
 from fromzero.runner import checkpoint, ledger
 from fromzero.runner.around import Stop, full_disk, signals, spoken_once, teller
 from fromzero.runner.assemble import Job, Place, assemble
-from fromzero.runner.folder import RESULT, refuse_finished
+from fromzero.runner.begun import Going, go_on_with, refuse_done
+from fromzero.runner.folder import RESULT
 from fromzero.runner.lock import holding
 from fromzero.runner.loop import Best, is_over, train
 from fromzero.runner.numbers import refuse_wrong_weights, wrong_weights
@@ -50,11 +51,11 @@ class Outcome:
 
 
 def execute(
-    plan: Plan, loaded: Loaded, place: Place, folder: Path, observers: Sequence[Callable[[Event], None]], *, resume: bool = False
+    plan: Plan, loaded: Loaded, place: Place, folder: Path, observers: Sequence[Callable[[Event], None]], *, going: Going | None = None
 ) -> Outcome:
     """Train into a folder, from the start or from its newest whole checkpoint.
 
-    resume: the folder's run was broken off; where that was before its first checkpoint, it begins anew
+    going:  how a run goes on, None for one that begins; one that was broken off before its first checkpoint begins anew
     raises: Interrupted after saving on Ctrl-C or SIGTERM; NumbersError where the numbers or limits.seconds stop it; UserError for a full disk
     """
     tell = teller(observers, goes_on=plan.recipe.save.full == "go_on")
@@ -62,14 +63,16 @@ def execute(
         torch.set_num_threads(plan.threads)
         if plan.keep_memory:
             keep_freed_memory()
-        newest = _newest(folder, tell) if resume else None
+        newest = None if going is None else _newest(going, tell)
         torch.manual_seed(plan.recipe.seed)
         job = assemble(plan, loaded, place)
         torch.manual_seed(plan.recipe.seed)  # the draws of training do not depend on how the model was built
         before = frozen_digest(job.model, job.frozen)
         run = _Run(job, before, folder, tell, stop)
         if newest is not None:
-            run.go_on_from(newest)
+            run.go_on_from(newest, other_data=bool(going is not None and going.data))
+        for warned in () if going is None else go_on_with(going, job.plan, loaded, place, run.progress):
+            tell(warned)
         tell(_planned(plan, folder))
         tell(Started(folder.name, str(folder), run.progress.step, time.time()))
         if plan.prefix:
@@ -101,8 +104,9 @@ class _Run:
         self.torn = False  # an update may have been begun and not ended
         self.gave_back_at = 0.0
 
-    def go_on_from(self, newest: Path) -> None:
-        self.progress = checkpoint.restore(newest, self.job, self.best, frozen=self.frozen)
+    def go_on_from(self, newest: Path, *, other_data: bool) -> None:
+        """other_data: the data is not what it was, and a person has accepted that"""
+        self.progress = checkpoint.restore(newest, self.job, self.best, frozen=self.frozen, other_data=other_data)
         self.saved_step = self.progress.step
 
     def heed(self) -> None:
@@ -290,13 +294,15 @@ def _planned(plan: Plan, folder: Path) -> Planned:
     )
 
 
-def _newest(folder: Path, tell: Callable[[Event], None]) -> Path | None:
+def _newest(going: Going, tell: Callable[[Event], None]) -> Path | None:
     """The newest whole checkpoint, with the log rolled back to it; None where the run was broken off before its first.
 
     raises: UserError where the run has come to its end; SourceError where there are checkpoints and none is whole: never from the start,
             which only a person can ask for
     """
-    refuse_finished(folder)  # once more, now that the folder is held: another process may have come to the end
+    if going.done_at is None:
+        refuse_done(going.begun, {})  # once more, now that the folder is held: another process may have come to the end
+    folder = going.begun.folder
     kept_in = folder / "checkpoints"
     step, damaged = checkpoint.find(kept_in)
     skipped = [f"{path.name} was skipped: {wrong}" for path, wrong in damaged.items()]

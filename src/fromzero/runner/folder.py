@@ -1,21 +1,14 @@
-"""Run folders: a name in, a fresh folder out; what a run writes about itself, and the list of all runs."""
+"""Run folders: a name in, a fresh folder out, or the one that has that name; and the list of all runs."""
 
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import json
 import os
-import platform
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from fromzero.errors import SourceError, UserError, did_you_mean
-from fromzero.planner.values import Plan
-from fromzero.recipe.read import write
-from fromzero.sources.cache import write_whole
 
 RESULT = "result.json"
 _ELSEWHERE = "make it writable, or name another folder with --runs"
@@ -46,16 +39,6 @@ def new_folder(runs: Path, name: str) -> Path:
     raise UserError(f"holds 9,999 runs named {name}", mend="give the recipe another name", file=str(runs), key="name")
 
 
-def describe(folder: Path, plan: Plan, folders: Sequence[Path]) -> None:
-    """Write what is run: recipe, plan, environment.  folders: where the recipe's relative paths start"""
-    write_whole(folder / "plan.json", json.dumps({**plan.as_json(), "place": str(folders[0].resolve())}, indent=1).encode())
-    lines = [f"python {platform.python_version()}", f"platform {platform.platform()}", f"command {' '.join(sys.argv[:4])}"]
-    found = [distribution.metadata for distribution in importlib.metadata.distributions()]  # parsed anew at each access
-    lines += sorted(f"{about['Name']}=={about['Version']}" for about in found if about["Name"])
-    write_whole(folder / "environment.txt", ("\n".join(dict.fromkeys(lines)) + "\n").encode())
-    write_whole(folder / "recipe.yaml", write(plan.recipe).encode())  # last: with it the folder is a run, which can go on
-
-
 def find_run(runs: Path, name: str) -> Path:
     """`NAME`, `run:NAME` or the folder itself.  raises: SourceError naming the nearest run"""
     short = name.removeprefix("run:")
@@ -67,17 +50,13 @@ def find_run(runs: Path, name: str) -> Path:
     raise SourceError(f"there is no run '{short}' in {runs}", mend=mend)
 
 
-def refuse_finished(folder: Path) -> None:
-    """raises: UserError for a run that has come to its end"""
+def read_result(folder: Path) -> dict[str, Any]:
+    """What a run said when it last ended; nothing of one that has not."""
     try:
         result = json.loads((folder / RESULT).read_text())
     except (OSError, ValueError):
-        return
-    if result.get("status") == "done":
-        raise UserError(
-            f"run '{folder.name}' is done after {result.get('steps')} steps",
-            mend=f"to train on from it, use model: run:{folder.name} in a recipe",
-        )
+        return {}
+    return result if isinstance(result, dict) else {}
 
 
 def list_runs(runs: Path) -> list[dict[str, Any]]:
@@ -87,9 +66,8 @@ def list_runs(runs: Path) -> list[dict[str, Any]]:
         if not (folder / "recipe.yaml").is_file():
             continue
         row: dict[str, Any] = {"run": folder.name, "status": "unfinished", "task": "", "steps": 0, "seconds": None, "validation": {}}
-        try:
-            row |= json.loads((folder / RESULT).read_text())
-        except (OSError, ValueError):
+        row |= (result := read_result(folder))
+        if not result:
             steps = [int(p.name.removeprefix("step-")) for p in (folder / "checkpoints").glob("step-*") if p.suffix == ""]
             row["steps"] = max(steps, default=0)
         rows.append({**row, "created": (folder / "recipe.yaml").stat().st_mtime})

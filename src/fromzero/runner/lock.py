@@ -44,6 +44,17 @@ def holding(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def held(folder: Path) -> bool:
+    """Whether another process holds it, or one on another host may."""
+    if not (folder / LOCK).is_file():
+        return False
+    try:
+        with holding(folder):
+            return False
+    except UserError:
+        return True
+
+
 def _opened(path: Path) -> tuple[int, bool]:
     """The lock's file, and whether it is ours; opened anew where another process removed it in between."""
     while True:
