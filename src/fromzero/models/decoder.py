@@ -230,24 +230,24 @@ class Decoder(nn.Module):
             setattr(module, kind, nn.Parameter(grown))
             setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
 
-    def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        """tokens: (N,) int64.  offsets: (B + 1,) int64.  returns: (N, V), or (B, K) with outputs"""
+    def forward(self, tokens: Tensor, offsets: Tensor | None) -> Tensor:
+        """tokens: (N,) int64.  offsets: (B + 1,) int64; None: one document.  returns: (N, V), or (B, K) with outputs"""
         return self.scores(self.states(tokens, offsets))
 
-    def states(self, tokens: Tensor, offsets: Tensor, cache: Cache | None = None) -> Tensor:
+    def states(self, tokens: Tensor, offsets: Tensor | None, cache: Cache | None = None) -> Tensor:
         """What the head reads.  returns: (N, D), or (B, D) with outputs: each document's last token
 
         cache:   what was read of one document before these tokens; they are added to it
         raises:  ShapeError for tokens and offsets that do not fit, or several documents with one cache
         """
-        if cache is not None and len(offsets) != 2:
+        if cache is not None and offsets is not None and len(offsets) != 2:
             raise ShapeError(f"{len(offsets) - 1} documents for one cache", mend="give each document a cache of its own")
         past = 0 if cache is None else len(cache.tokens)
         if cache is not None:
             whole = torch.cat([cache.tokens.to(tokens.device), tokens])
             if any(rope.far and 0 < past <= rope.limit < len(whole) for rope in self.ropes):  # from here on every key is turned otherwise
                 cache.tokens, cache.layers = cache.tokens[:0], []
-                return self.states(whole, offsets.new_tensor([0, len(whole)]), cache)[-len(tokens) :]
+                return self.states(whole, None, cache)[-len(tokens) :]
             cache.tokens, cache.layers = whole, cache.layers or [Past() for _ in self.blocks]
         documents = documents_of(tokens, offsets, past)
         x = self.embedding(tokens, documents)

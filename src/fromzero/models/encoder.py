@@ -107,8 +107,8 @@ class Encoder(nn.Module):
         names = ("embedding", *(f"blocks.{layer}" for layer in range(self.config.layers)), "norm", "pooler", "head")
         return tuple(name for name in names if any(True for _ in self.get_submodule(name).parameters()))
 
-    def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        """tokens: (N,) int64.  offsets: (B + 1,) int64.  returns: (B, K), or (B, D) without a head"""
+    def forward(self, tokens: Tensor, offsets: Tensor | None) -> Tensor:
+        """tokens: (N,) int64.  offsets: (B + 1,) int64; None: one document.  returns: (B, K), or (B, D) without a head"""
         documents = documents_of(tokens, offsets)
         pooled: Tensor = self.pooler(self._run(tokens, documents), documents)  # (B, D)
         if self.normalize:

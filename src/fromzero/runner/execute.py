@@ -27,6 +27,7 @@ from fromzero.runner.folder import RESULT
 from fromzero.runner.lock import holding
 from fromzero.runner.loop import Best, train
 from fromzero.runner.prefix import keep_prefix, still_the_same
+from fromzero.runner.probe_inputs import keep_probe
 from fromzero.runner.progress import Progress
 from fromzero.runner.samples import samples
 from fromzero.runner.saved import write_model
@@ -93,10 +94,11 @@ def execute(
             job.optimizer.zero_grad()
             job.optimizer.state.clear()
         result, kept = run.finish(status)
+        job.model.load_state_dict(kept)
+        keep_probe(folder / "model", job)
         tell(Finished(status, progress.step, progress.seconds, result))
     if error is not None:
         raise error
-    job.model.load_state_dict(kept)
     return Outcome(folder, result, job.model.eval())
 
 
