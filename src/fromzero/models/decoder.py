@@ -140,8 +140,8 @@ class SelfAttention(nn.Module):
         """x: (N, D).  returns: (N, D)"""
         q, k, v = self.qkv(x).split(self.sizes, dim=-1)
         v = v.unflatten(-1, (-1, self.head_width))  # (N, G, K)
-        q = self.q_norm(q.unflatten(-1, (-1, self.normed[0]))).reshape(len(x), -1, self.head_width)  # (N, H, K)
-        k = self.k_norm(k.unflatten(-1, (-1, self.normed[1]))).reshape(len(x), -1, self.head_width)  # (N, G, K)
+        q = self.q_norm(q.unflatten(-1, (-1, self.normed[0]))).reshape(x.shape[0], -1, self.head_width)  # (N, H, K)
+        k = self.k_norm(k.unflatten(-1, (-1, self.normed[1]))).reshape(x.shape[0], -1, self.head_width)  # (N, G, K)
         if turn is not None:
             q, k = (rotate(t, *turn, interleaved=self.interleaved) for t in (q, k))
         mixed = self.attend(q.to(v.dtype), k.to(v.dtype), v, documents, past)  # autocast norms and turns in float32

@@ -221,7 +221,7 @@ class Pooler(nn.Module):
         if self.over == "first":
             pooled = states[documents.offsets[:-1]]
         else:  # each document's sum by itself, in one order: index_add on a GPU would add in any order
-            every = torch.arange(len(states), device=states.device)
+            every = torch.arange(states.shape[0], device=states.device)
             pooled = F.embedding_bag(every, states, documents.offsets, mode="mean", include_last_offset=True)
         out: Tensor = self.norm(self.activation(self.dense(pooled)))
         return out

@@ -118,7 +118,7 @@ class Embedding(nn.Module):
                 mend=f"give it images of {self.shape[1]}×{self.shape[2]} (data.input: {{size: …, channels: …}})",
             )
         patches = self.patches((x - self.mean) / self.std).flatten(2).transpose(1, 2)  # (B, T - 1, D)
-        tokens = torch.cat([self.token.expand(len(x), -1, -1), patches], dim=1)  # (B, T, D)
+        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), patches], dim=1)  # (B, T, D)
         embedded: Tensor = self.dropout(tokens + self.positions)
         return embedded
 

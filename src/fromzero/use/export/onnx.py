@@ -79,8 +79,9 @@ class _Whole(nn.Module):
         super().__init__()
         self.before, self.model, self.after = before, model, after
 
-    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        answers: tuple[Tensor, ...] = self.after(self.model(self.before(*given)))
+    def forward(self, first: Tensor, second: Tensor | None = None) -> tuple[Tensor, ...]:
+        inputs = self.before(first) if second is None else self.before(first, second)
+        answers: tuple[Tensor, ...] = self.after(self.model(inputs))
         return answers
 
 
