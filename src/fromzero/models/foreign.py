@@ -12,6 +12,7 @@ import importlib
 import io
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
@@ -168,7 +169,9 @@ def opened_by_transformers(folder: Path, task: str, *, base: Path | None = None)
         make = getattr(library, f"AutoModelFor{task}" if task else "AutoModel")
         theirs = make.from_pretrained(base or folder, dtype=torch.float32, local_files_only=True)
         if base is not None:
-            theirs = importlib.import_module("peft").PeftModel.from_pretrained(theirs, folder)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft calls parts of transformers by older names
+                theirs = importlib.import_module("peft").PeftModel.from_pretrained(theirs, folder)
         has = (folder / "tokenizer_config.json").is_file()
         return Opened(theirs.eval(), library.AutoTokenizer.from_pretrained(folder, local_files_only=True) if has else None)
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +39,7 @@ def refusal(subject: Subject) -> str:
 def write(subject: Subject, folder: Path) -> list[Compared]:
     runtime, _ = _needed("onnxruntime"), _needed("onnxscript")
     made, notes = _traced(subject)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own, about its parts
+    with _quiet():
         graph = torch.onnx.export(program(made), (), input_names=made.names, output_names=made.outputs, dynamo=True, verbose=False)
     assert graph is not None
     graph.model.metadata_props.update(notes)
@@ -49,6 +51,19 @@ def write(subject: Subject, folder: Path) -> list[Compared]:
         for name, wanted, answer in zip(made.outputs, said, answers, strict=True):
             found.append(compare(f"onnxruntime ({name})", wanted, torch.from_numpy(answer)))
     return [max((one for one in found if f"({name})" in one.reader), key=lambda one: one.difference or 0) for name in made.outputs]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporter's reports about its own parts"""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _needed(name: str) -> Any:
@@ -70,7 +85,7 @@ def _traced(subject: Subject) -> tuple[traced.Traced, dict[str, str]]:
     given, before, names = _before(subject, notes)
     after, outputs = _after(subject)
     with torch.no_grad():
-        said = after(subject.said)
+        said = [after(subject.said), after(subject.model(subject.inputs[0][:1]))]
     return traced.batched(_Whole(before, subject.model, after), names, outputs, given, said), notes
 
 

@@ -31,7 +31,7 @@ def program(made: traced.Traced) -> torch.export.ExportedProgram:
     """raises: ModelError with torch's reason, where the model is code that cannot be traced"""
     try:
         with torch.no_grad():
-            return torch.export.export(made.module, made.cases[0][0], dynamic_shapes=made.moving, strict=False)
+            return torch.export.export(made.module, made.example, dynamic_shapes=made.moving, strict=False)
     except Exception as error:  # whatever a person's own module and torch's tracing raise
-        said = f"torch.export cannot follow the model: {type(error).__name__}: {str(error).strip()[:300]}"
+        said = f"torch.export cannot follow the model: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
         raise ModelError(said, mend="what depends on values, not shapes, cannot stand in a program; fz.load opens it in Python") from error

@@ -23,12 +23,13 @@ Arguments = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Traced:
-    """module: what is traced, with `names` of its inputs and of its outputs.  cases: arguments, and what it says of them; the first is
-    traced with.  moving: of each argument the dimension that may change"""
+    """module: what is traced, with `names` of its inputs and of its outputs.  example: arguments to trace with.  cases: arguments, and what
+    the model says of them.  moving: of each argument the dimension that may change"""
 
     module: nn.Module
     names: tuple[str, ...]
     outputs: tuple[str, ...]
+    example: Arguments
     cases: list[tuple[Arguments, tuple[Tensor, ...]]]
     moving: tuple[dict[int, Any], ...]
 
@@ -71,22 +72,28 @@ def trace_text(subject: Subject) -> Traced:
     tokens = torch.export.Dim("tokens", min=1, max=most) if most else torch.export.Dim("tokens", min=1)
     pairs = sorted(zip(subject.documents, subject.each, strict=True), key=lambda pair: -len(pair[0]))
     cases: list[tuple[Arguments, tuple[Tensor, ...]]] = [((document,), (said,)) for document, said in pairs]
-    if most is not None and len(pairs[0][0]) > most:
-        cases = [case for case in cases if len(case[0][0]) <= most]
-    return Traced(one, ("tokens",), ("scores",), cases, ({0: tokens},))
+    cases = [case for case in cases if most is None or len(case[0][0]) <= most]
+    return Traced(one, ("tokens",), ("scores",), cases[0][0], cases, ({0: tokens},))
 
 
 def trace(subject: Subject) -> Traced:
     """Inputs as the model reads them, already prepared."""
     if subject.reads in ("language", "text"):
         return trace_text(subject)
-    return batched(subject.model, ("inputs",), ("scores",), (subject.inputs[0],), (subject.said,))
+    with torch.no_grad():
+        alone = subject.model(subject.inputs[0][:1])
+    return batched(subject.model, ("inputs",), ("scores",), (subject.inputs[0],), [(subject.said,), (alone,)])
 
 
-def batched(module: nn.Module, names: tuple[str, ...], outputs: tuple[str, ...], given: Arguments, said: tuple[Tensor, ...]) -> Traced:
-    """Traced with at least two examples, because one would be taken for a fixed size; compared on them, and on one alone."""
-    several = given if len(given[0]) > 1 else tuple(torch.cat([tensor, tensor]) for tensor in given)
-    wanted = said if len(said[0]) > 1 else tuple(torch.cat([tensor, tensor]) for tensor in said)
-    first = tuple(tensor[:1] for tensor in given), tuple(tensor[:1] for tensor in said)
+def batched(
+    module: nn.Module, names: tuple[str, ...], outputs: tuple[str, ...], given: Arguments, said: list[tuple[Tensor, ...]]
+) -> Traced:
+    """Traced with at least two examples, because one would be taken for a fixed size; compared on them, and on the first alone.
+
+    said:  of all of them, and of the first alone
+    """
+    first = tuple(tensor[:1] for tensor in given)
+    cases = [(given, said[0]), (first, said[1])]
+    traced = given if len(given[0]) > 1 else tuple(torch.cat([tensor, tensor]) for tensor in given)
     batch = torch.export.Dim("batch", min=1)
-    return Traced(module, names, outputs, [(several, wanted), first], tuple({0: batch} for _ in given))
+    return Traced(module, names, outputs, traced, cases, tuple({0: batch} for _ in given))
