@@ -16,6 +16,7 @@ from fromzero.errors import MissingExtra, ModelError, UserError
 from fromzero.runner.probe_inputs import FILE, MOST_BYTES, MOST_TOKENS, read_probe
 from fromzero.use.export import FORMATS, gguf, hf, onnx, program
 from fromzero.use.export import weights as weights_format
+from fromzero.use.export.compare import compare, same
 from fromzero.use.export.onnx import UNSEEN
 from fromzero.weights import read_tensors, write_tensors
 from tests.use.conftest import BLUE, FRANCE, PARIS, SKY, turns
@@ -106,6 +107,18 @@ def test_a_run_without_kept_inputs_is_compared_on_made_up_ones_and_says_so(talke
     assert "compared on 2 made-up inputs" in str(found)
 
 
+def test_what_differs_is_named_with_its_place_and_shape() -> None:
+    assert same("r", "tokens", [[1, 2]], [[1, 2]]) == "the same tokens"
+    with pytest.raises(
+        ModelError, match=r"r gives another tokens: from place 1 on \[4\], not \[2, 3\]; the file was not kept; please report"
+    ):
+        same("r", "tokens", [1, 2, 3], [1, 4])
+    with pytest.raises(ModelError, match=r"r gives outputs of shape \(2,\), the model \(3,\); a file that computes something else"):
+        compare("r", torch.zeros(3), torch.zeros(2))
+    with pytest.raises(ModelError, match="differs by nan"):
+        compare("r", torch.ones(2), torch.tensor([1.0, float("nan")]))
+
+
 # ------------------------------------------------------------------------------------------- adapters
 
 
@@ -127,6 +140,7 @@ def test_what_adapters_learned_stands_in_plain_matrices_that_transformers_loads(
     assert not list(tmp_path.glob(".out-*"))
 
 
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # peft's own call below
 def test_adapters_apart_are_opened_by_the_peft_library_beside_their_base(adapted: Path, talker: Path, tmp_path: Path) -> None:
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     found = fz.export("run:learned", tmp_path / "out", to="peft", merged=False, runs=adapted)

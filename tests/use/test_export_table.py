@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, processors
 
 import fromzero as fz
 from fromzero.data import Classes, ImageFormat, Numbers, Preparation, Soft, TextFormat
@@ -121,9 +122,13 @@ def design_of(name: str) -> tuple[Design, Preparation, str]:
     )
 
 
-def saved(name: str, folder: Path) -> Path:
-    """A model with random weights, in its norms and statistics too, as a run saves one"""
+def saved(name: str, folder: Path, tokenizer: str = TOKENIZER, **keys: Any) -> Path:
+    """A model with random weights, in its norms and statistics too, as a run saves one.  keys: of its config.json"""
     design, preparation, task = design_of(name)
+    if keys or tokenizer != TOKENIZER:
+        config, options = config_of(name)
+        design = Design(design.name, blueprint_of_config({**config, **keys}, options))
+        preparation = Preparation(TextFormat(tokenizer), preparation.answers)
     model = seeded(0, design.build)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -141,7 +146,7 @@ def test_the_table_has_every_family_and_the_formats_that_are_not_of_adapters() -
     assert len(TABLE) == 31 and len(CELLS) == 155
     assert all(list(row) == [name for name, form in FORMATS.items() if not form.adapters] for row in TABLE.values())
     assert {name.partition(",")[0] for name in TABLE} >= {*FAMILIES} - {"vit"}
-    assert sum(cell == "yes" for row in TABLE.values() for cell in row.values()) == 111
+    assert sum(cell == "yes" for row in TABLE.values() for cell in row.values()) == 114
     assert {cell for row in TABLE.values() for cell in row.values()} == {"yes", "no"}
 
 
@@ -166,3 +171,43 @@ def test_a_cell_of_the_table_is_what_happens(name: str, to: str, tmp_path: Path)
     if "llama_cpp" in NEEDED.get(to, ()) and find_spec("llama_cpp") is None:
         pytest.skip("NOT CHECKED by llama.cpp: llama-cpp-python is not installed; read back by fromzero alone")
     assert all(one.difference is not None for one in found.compared)
+
+
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 8192}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.parametrize("rope", [LLAMA3, {"rope_type": "linear", "rope_theta": 5e3, "factor": 3.0}], ids=lambda rope: rope["rope_type"])
+def test_stretched_rotary_positions_are_written_as_llama_cpp_turns_them(rope: dict[str, Any], tmp_path: Path) -> None:
+    found = fz.export(str(saved("llama", tmp_path / "model", rope_parameters=rope)), tmp_path / "out", to="gguf", numbers="f32")
+    assert found.compared[0].difference < 1e-5
+    if find_spec("llama_cpp") is None:
+        pytest.skip("NOT CHECKED by llama.cpp: llama-cpp-python is not installed; read back by fromzero alone")
+    assert found.compared[1].difference < 1e-4
+
+
+FRAMED = Tokenizer.from_str(TOKENIZER)
+FRAMED.post_processor = processors.TemplateProcessing(single="<|endoftext|> <|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 24}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("mistral", {"sliding_window": 16}, "its layers see 16 of 64 tokens, which llama.cpp does not do for this architecture"),
+        ("llama", {"rope_parameters": YARN}, "its rotary positions are stretched in a way that the file has no words for"),
+        ("qwen2", {"rope_parameters": LLAMA3 | {"original_max_position_embeddings": 64}}, "stretched in a way"),
+        (
+            "llama",
+            {"tokenizer": FRAMED.to_str()},
+            r"its tokenizer puts \[0, 0\] around a text; llama.cpp puts one bos before and one eos after",
+        ),
+        ("llama", {"tokenizer": tk.characters(TEXTS)}, "its tokenizer is of no kind that GGUF names"),
+    ],
+)
+def test_what_llama_cpp_would_do_otherwise_is_refused(name: str, options: dict[str, Any], said: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=said):
+        fz.export(str(saved(name, tmp_path / "model", **options)), tmp_path / "out", to="gguf")
+    assert not (tmp_path / "out").exists()

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fromzero.models import FAMILIES, Decoder
 from fromzero.models.encoder import Encoder
+from fromzero.models.families import TensorMap
 from fromzero.models.foreign import opened_by_transformers
 from fromzero.models.vit import ViT, written_vit
 from fromzero.runner.start import build_published
@@ -21,7 +22,6 @@ from fromzero.use.export.subject import Subject
 from fromzero.weights import open_pretrained, to_theirs, write_folder
 
 OPENS = "transformers: from_pretrained(FOLDER)"
-_CLASSIFIER = "ForSequenceClassification"
 
 
 def refusal(subject: Subject) -> str:
@@ -30,7 +30,8 @@ def refusal(subject: Subject) -> str:
         return ""
     if subject.design.family is None or not isinstance(model, (Decoder, Encoder)):
         return "it is of no family whose tensors have published names in transformers"
-    if subject.reads == "text" and isinstance(model, Encoder) and _headed(model) and not _kind(subject):
+    classifies = str(_config(subject).get("architectures")).endswith("ForSequenceClassification']")
+    if isinstance(model, Encoder) and isinstance(model.head, nn.Linear) and not classifies:
         return f"its head reads the {model.pooling} of a text, which no class of transformers does (model: {{pooling: pooler}} would)"
     if left := [name for name in model.state_dict() if name not in _names(subject)]:
         return f"its family has no place for {', '.join(left[:3])}"
@@ -54,12 +55,12 @@ def write(subject: Subject, folder: Path) -> list[Compared]:
 
 def _by_transformers(subject: Subject, folder: Path) -> Compared:
     """What transformers says when it opens the folder: of a body without a head the state of each token is compared."""
-    model, body, reader = subject.model, not _headed(subject.model), "transformers"
+    model, reader = subject.model, "transformers"
     if isinstance(model, ViT):
         theirs = opened_by_transformers(folder, "ImageClassification")
         pixels = (subject.inputs[0] - model.embedding.mean) / model.embedding.std
         return compare(reader, subject.said, theirs.scores([pixels]))
-    if isinstance(model, Encoder) and body:
+    if isinstance(model, Encoder) and not isinstance(model.head, nn.Linear):
         with torch.no_grad():
             wanted = model.states(*subject.inputs)
         return compare(reader, wanted, opened_by_transformers(folder, "").scores(subject.documents), also="the states of all tokens")
@@ -74,20 +75,9 @@ def _by_transformers(subject: Subject, folder: Path) -> Compared:
     return compare(reader, subject.said, theirs.scores(subject.documents), also=", ".join(also))
 
 
-def _headed(model: Any) -> bool:
-    return isinstance(model, ViT) or not isinstance(model, Encoder) or isinstance(model.head, torch.nn.Linear)
-
-
-def _kind(subject: Subject) -> bool:
-    """Whether the config that is written is one of a classifier"""
-    return str(_config(subject).get("architectures")).endswith(f"{_CLASSIFIER}']")
-
-
-def _names(subject: Subject) -> Any:
-    if isinstance(subject.model, ViT):
-        return FAMILIES["vit"].names(_config(subject), ())
+def _names(subject: Subject) -> TensorMap:
     config = _config(subject)
-    return subject.design.family.names(config, ()) if subject.design.family is not None else {}
+    return FAMILIES[config["model_type"]].names(config, ())
 
 
 def _config(subject: Subject) -> dict[str, Any]:
@@ -97,7 +87,7 @@ def _config(subject: Subject) -> dict[str, Any]:
     else:
         assert design.family is not None and design.blueprint is not None
         config = design.family.written(**design.blueprint.options)
-    if ((names := subject.classes) and not isinstance(model, Decoder)) or (names and subject.reads == "text"):
+    if names := subject.classes:
         config |= {"id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
     return config
 
