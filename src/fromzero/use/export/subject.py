@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 import fromzero.data.tokens as tk
 from fromzero.data import ChatFormat, Classes, ImageFormat, Inputs, Preparation, TextFormat
-from fromzero.data.columns import Columns
+from fromzero.data.columns import Column, Columns
 from fromzero.data.sources import ArrayFormat
+from fromzero.data.table import table_of
 from fromzero.errors import ModelError
 from fromzero.models import Decoder
 from fromzero.models.encoder import Encoder
@@ -29,7 +30,7 @@ from fromzero.runner.saved import Design
 from fromzero.runner.start import Start, build_published, find_start, published_of
 from fromzero.use.export.compare import BOUND, compare
 
-MADE = (40, 24)  # tokens of two made-up documents, and of images and arrays so many as there are entries, twice
+MADE, MADE_ROWS = (40, 24), 8  # tokens of two made-up documents; made-up images, arrays or rows of a table
 CONTINUED = 12  # tokens of the greedy continuation
 TEXTS = ("The capital of France is Paris.", "  2024: naïve café, 東京 🎉\n\n\tx = [1, 22, 333]; don't 'quote'")
 
@@ -152,9 +153,17 @@ def _made_up(start: Start, model: nn.Module, reads: str) -> Inputs:
         parts = [torch.randint(vocabulary, (length,), generator=generator) for length in MADE]
         return torch.cat(parts), torch.tensor([0, *MADE]).cumsum(0)
     dtype = next((p.dtype for p in model.parameters()), torch.float32)
+    if start.saved is not None and isinstance(form := start.saved.preparation.inputs, Columns):
+        return (form.apply(table_of({column.name: _cells(column) for column in form.columns}, name="made-up rows")).to(dtype),)
     shape = _shape(start, model)
-    pixels = torch.randint(256, (len(MADE) * 2, *shape), generator=generator).to(dtype) / 255
+    pixels = torch.randint(256, (MADE_ROWS, *shape), generator=generator).to(dtype) / 255
     return (pixels,)
+
+
+def _cells(column: Column) -> list[Any]:
+    if column.kind == "number":
+        return [column.mean + column.std * (row - 3.5) / 2 for row in range(MADE_ROWS)]
+    return [column.categories[row % len(column.categories)] for row in range(MADE_ROWS)]
 
 
 def _vocabulary(start: Start, model: nn.Module) -> int:
@@ -170,7 +179,8 @@ def _vocabulary(start: Start, model: nn.Module) -> int:
 def _shape(start: Start, model: nn.Module) -> tuple[int, ...]:
     if start.saved is not None:
         form = start.saved.preparation.inputs
-        return (form.width,) if isinstance(form, Columns) else form.shape
+        assert not isinstance(form, Columns)
+        return form.shape
     if isinstance(model, ViT):
         return model.embedding.shape
     size: Any = start.config.get("image_size") or 224
