@@ -176,7 +176,7 @@ def test_a_cell_of_the_table_is_what_happens(name: str, to: str, tmp_path: Path)
     assert all(one.difference is not None for one in found.compared)
 
 
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 8192}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ def write(subject: Subject, folder: Path) -> list[Compared]:
 def program(made: traced.Traced) -> torch.export.ExportedProgram:
     """raises: ModelError with torch's reason, where the model is code that cannot be traced"""
     try:
-        with torch.no_grad():
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The tensor attributes .* were assigned during export")  # recurrent layers keep a list beside
             return torch.export.export(made.module, made.example, dynamic_shapes=made.moving, strict=False)
     except Exception as error:  # whatever a person's own module and torch's tracing raise
         said = f"torch.export cannot follow the model: {type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
