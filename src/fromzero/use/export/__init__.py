@@ -12,9 +12,14 @@ from typing import Any
 
 from torch import nn
 
+import fromzero.use.export.gguf as gguf
+import fromzero.use.export.hf as hf
+import fromzero.use.export.onnx as onnx
+import fromzero.use.export.peft as peft
+import fromzero.use.export.program as program
+import fromzero.use.export.weights as weights
 from fromzero.errors import ModelError, UserError, did_you_mean
 from fromzero.retired import renamed
-from fromzero.use.export import gguf, hf, onnx, peft, program, weights
 from fromzero.use.export.card import write_card
 from fromzero.use.export.compare import Compared
 from fromzero.use.export.subject import Subject, open_subject

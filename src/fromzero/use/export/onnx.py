@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fromzero.use.export.traced as traced
 from fromzero.data import Classes, ImageFormat, Numbers
 from fromzero.data.columns import Column, Columns
 from fromzero.data.sources import ArrayFormat
 from fromzero.errors import MissingExtra
-from fromzero.use.export import traced
 from fromzero.use.export.compare import Compared, compare
 from fromzero.use.export.program import program
 from fromzero.use.export.subject import Subject

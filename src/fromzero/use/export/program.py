@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
+import fromzero.use.export.traced as traced
 from fromzero.errors import ModelError
-from fromzero.use.export import traced
 from fromzero.use.export.compare import Compared, compare
 from fromzero.use.export.subject import Subject
 
