@@ -441,16 +441,28 @@ def evaluate(
     return {"run": folder.name, "data": name, "examples": len(examples), "loss": loss, **metrics}
 
 
-def export(model: str, output: str | Path, *, to: str = "transformers", runs: str | Path = "runs") -> Exported:
-    """Write a language model as a folder that others open, adapters merged; it is opened again and compared before it is kept.
+def export(
+    source: str,
+    output: str | Path,
+    *,
+    to: str = "hf",
+    merged: bool | None = None,
+    numbers: str | None = None,
+    runs: str | Path = "runs",
+    model: Any = None,
+) -> Exported:
+    """Write a model as a folder that others open; it is opened again and compared before it is kept.
 
-    model:   `run:NAME`, a folder, a file or any published source
-    to:      transformers (its from_pretrained loads the folder)
-    raises:  UserError, ModelError where the format has no place for the model or the folder computes something else
+    source:   `run:NAME`, a folder, a file or any published source
+    to:       hf (transformers), peft, gguf (llama.cpp, Ollama), onnx, torch (torch.export) or safetensors
+    merged:   False for what adapters learned apart from their base, which only peft holds; all others hold plain matrices
+    numbers:  of gguf: f16, f32, q8_0 or q4_0
+    model:    a fresh module, where the run's was given from Python and cannot be rebuilt
+    raises:   UserError, ModelError where the format has no place for the model or the folder computes something else
     """
     from fromzero.use.export import export as write
 
-    return write(model, to, Path(output), Path(runs))
+    return write(source, to, Path(output), Path(runs), given=model, merged=merged, numbers=numbers)
 
 
 def runs(folder: str | Path = "runs") -> list[dict[str, Any]]:

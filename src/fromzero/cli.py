@@ -440,22 +440,31 @@ def _progress() -> Callable[[int, int], None]:
 @app.command()
 def export(
     model: AnySource,
-    output: Annotated[str, typer.Option(metavar="FOLDER", help="a new folder")],
-    to: Annotated[str, typer.Option(metavar="FORMAT", help="transformers: a folder that its from_pretrained loads")] = "transformers",
+    output: Annotated[str | None, typer.Argument(metavar="FOLDER", help="a new folder")] = None,
+    to: Annotated[
+        str, typer.Option(metavar="FORMAT", help="hf, peft, gguf, onnx, torch or safetensors: docs/export.md says what of")
+    ] = "hf",
+    merged: Annotated[
+        bool | None, typer.Option("--merged/--adapters", help="what adapters learned as plain matrices, or apart as only peft holds it")
+    ] = None,
+    numbers: Annotated[str | None, typer.Option(metavar="KIND", help="of gguf: f16, f32, q8_0 or q4_0")] = None,
+    folder: Annotated[str | None, typer.Option("--output", hidden=True)] = None,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Write a language model as others open it, adapters merged. It is kept only if it computes what the model computes."""
+    """Write a model as others open it. It is kept only if it computes what the model computes."""
 
     def work() -> Any:
-        found = fz.export(model, output, to=to, runs=runs)
-        theirs = found.difference_transformers
-        compared = "not installed, not compared" if theirs is None else f"differs by {theirs:.1e}"
-        lines = (
-            f"{found.folder}: {found.bytes / 1e6:,.0f} MB; opened again it differs by {found.difference:.1e}; in transformers: {compared}"
-        )
-        return _Both((lines, found.as_json()))
+        from fromzero.retired import renamed
+
+        named = [name for name in (output, folder and renamed("export", "--output") and folder) if name]
+        if len(named) != 1:
+            raise UserError(
+                "export writes one new folder", why=f"{len(named)} were named", mend=f"fromzero export {model} FOLDER --to {to}"
+            )
+        found = fz.export(model, named[0], to=to, merged=merged, numbers=numbers, runs=runs)
+        return _Both((found, found.as_json()))
 
     _answer(work, as_json, debug, str)
 

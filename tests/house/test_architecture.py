@@ -29,6 +29,7 @@ TIER = {
     "report": 0,
     "sources": 0,
     "errors": 0,
+    "retired": 0,
 }
 PARTS = {room for room, tier in TIER.items() if tier == 1}
 EXTRA = {
@@ -37,7 +38,8 @@ EXTRA = {
     "devices": {"errors"},
     "sources": {"errors"},
     "errors": set(),
-    "use": {"runner", "models", "weights", "data", "devices", "objectives", "sources", "errors"},
+    "retired": set(),
+    "use": {"runner", "models", "weights", "data", "devices", "objectives", "sources", "errors", "retired"},
 }
 PUBLIC = """SGD Adam AdamW DataError FromzeroError Interrupted MissingExtra ModelError NumbersError Plan PlanRefused Planned
 RMSProp Recipe RecipeError ShapeError SourceError UserError chat evaluate export fetch generate load new plan predict predictions read resume run runs train"""

@@ -84,9 +84,8 @@ def test_it_says_what_peft_says_and_speaks_and_is_exported(adapter: Path, tmp_pa
     assert far(scores(adapter), theirs) < 1e-5 and far(scores(tmp_path / "base"), theirs) > 1e-2
     assert far(scores(adapter.rename(tmp_path / "moved")), theirs) < 1e-5, "the base is found from the adapter's folder"
     found = fz.export(str(tmp_path / "moved"), tmp_path / "out")
-    assert (
-        found.difference_transformers is not None and found.difference_transformers < 1e-5 and far(scores(tmp_path / "out"), theirs) < 1e-5
-    )
+    assert [one.reader for one in found.compared] == ["fromzero", "transformers"]
+    assert all(one.difference < 1e-5 for one in found.compared) and far(scores(tmp_path / "out"), theirs) < 1e-5
     said = fz.chat(str(tmp_path / "moved"), turns(FRANCE), max_tokens=8)
     assert said == fz.chat(str(tmp_path / "out"), turns(FRANCE), max_tokens=8) and said != PARIS[: len(said)]
 

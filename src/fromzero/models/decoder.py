@@ -266,18 +266,18 @@ class Decoder(nn.Module):
             setattr(module, kind, nn.Parameter(grown))
             setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
 
-    def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        """tokens: (N,) int64.  offsets: (B + 1,) int64.  returns: (N, V), or (B, K) with outputs"""
+    def forward(self, tokens: Tensor, offsets: Tensor | None) -> Tensor:
+        """tokens: (N,) int64.  offsets: (B + 1,) int64; None: one document.  returns: (N, V), or (B, K) with outputs"""
         return self.scores(self.states(tokens, offsets))
 
-    def states(self, tokens: Tensor, offsets: Tensor, caches: Sequence[Cache] | None = None) -> Tensor:
+    def states(self, tokens: Tensor, offsets: Tensor | None, caches: Sequence[Cache] | None = None) -> Tensor:
         """What the head reads.  returns: (N, D), or (B, D) with outputs: each document's last token
 
         caches:  what was read before of the documents: those of the first cache, then those of the second …; the tokens are added.
                  Begun documents go on by one token each, a single one by any number
         raises:  ShapeError for tokens and offsets that do not fit, or documents that the caches do not hold
         """
-        if caches is not None:
+        if caches is not None and offsets is not None:
             return self._go_on(tokens, offsets, caches)
         return self._states(tokens, documents_of(tokens, offsets), [None] * len(self.blocks))
 

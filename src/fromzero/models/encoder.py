@@ -107,8 +107,8 @@ class Encoder(nn.Module):
         names = ("embedding", *(f"blocks.{layer}" for layer in range(self.config.layers)), "norm", "pooler", "head")
         return tuple(name for name in names if any(True for _ in self.get_submodule(name).parameters()))
 
-    def forward(self, tokens: Tensor, offsets: Tensor) -> Tensor:
-        """tokens: (N,) int64.  offsets: (B + 1,) int64.  returns: (B, K), or (B, D) without a head"""
+    def forward(self, tokens: Tensor, offsets: Tensor | None) -> Tensor:
+        """tokens: (N,) int64.  offsets: (B + 1,) int64; None: one document.  returns: (B, K), or (B, D) without a head"""
         documents = documents_of(tokens, offsets)
         pooled: Tensor = self.pooler(self._run(tokens, documents), documents)  # (B, D)
         if self.normalize:
@@ -221,7 +221,7 @@ class Pooler(nn.Module):
         if self.over == "first":
             pooled = states[documents.offsets[:-1]]
         else:  # each document's sum by itself, in one order: index_add on a GPU would add in any order
-            every = torch.arange(len(states), device=states.device)
+            every = torch.arange(states.shape[0], device=states.device)
             pooled = F.embedding_bag(every, states, documents.offsets, mode="mean", include_last_offset=True)
         out: Tensor = self.norm(self.activation(self.dense(pooled)))
         return out

@@ -12,8 +12,10 @@ import importlib
 import io
 import logging
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +130,52 @@ def load_foreign(
     return model, (missing, extra, [f"{n} is {tuple(a)}, not {tuple(b)}" for n, a, b in sorted(notes["mismatched_keys"]) if counts(n)])
 
 
-@torch.no_grad()
-def scores_by_transformers(folder: Path, documents: Sequence[Tensor], *, per_token: bool) -> Tensor:
-    """What transformers itself says of documents, each (T,) int64, when it opens a folder of ours.  returns: (N, V), or (B, K)"""
+@dataclass(frozen=True)
+class Opened:
+    """A folder of ours as transformers opens it.  tokenizer: None where the folder has none"""
+
+    model: Any
+    tokenizer: Any
+
+    @torch.no_grad()
+    def scores(self, inputs: Sequence[Tensor]) -> Tensor:
+        """What it says of texts, each (T,) int64, or of one batch of pixels.  returns: (N, V) per token, (N, D) of a body, (B, K)"""
+        with _blame("what transformers opened"):
+            if self.model.main_input_name == "pixel_values":
+                scores: Tensor = self.model(pixel_values=inputs[0]).logits
+                return scores
+            said = [self.model(document[None]) for document in inputs]
+            rows = [one.logits if "logits" in one else one.last_hidden_state for one in said]
+            return torch.cat([row[0] if row.dim() == 3 else row for row in rows])
+
+    def tokens(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    @torch.no_grad()
+    def go_on(self, prompt: Sequence[int], most: int) -> list[int]:
+        """The greedy continuation, read token by token with what the model keeps of those before; no token ends it."""
+        made: list[int] = []
+        unread, kept = list(prompt), None
+        with _blame("what transformers opened"):
+            while len(made) < most:
+                said = self.model(torch.tensor([unread]), past_key_values=kept, use_cache=True)
+                unread, kept = [int(said.logits[0, -1].argmax())], said.past_key_values
+                made += unread
+        return made
+
+
+def opened_by_transformers(folder: Path, task: str, *, base: Path | None = None) -> Opened:
+    """task: CausalLM | SequenceClassification | ImageClassification | empty for a body.  base: of a folder with an adapter, through peft"""
     with _blame(f"{folder}, opened by transformers,", quiet=True):
-        make = getattr(importlib.import_module("transformers"), f"AutoModelFor{'CausalLM' if per_token else 'SequenceClassification'}")
-        theirs = make.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True).eval()
-        said = [theirs(document[None]).logits[0] for document in documents]
-        return torch.cat(said) if per_token else torch.stack(said)
+        library = importlib.import_module("transformers")
+        make = getattr(library, f"AutoModelFor{task}" if task else "AutoModel")
+        theirs = make.from_pretrained(base or folder, dtype=torch.float32, local_files_only=True)
+        if base is not None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft calls parts of transformers by older names
+                theirs = importlib.import_module("peft").PeftModel.from_pretrained(theirs, folder)
+        has = (folder / "tokenizer_config.json").is_file()
+        return Opened(theirs.eval(), library.AutoTokenizer.from_pretrained(folder, local_files_only=True) if has else None)
 
 
 def hub_name(source: str, folders: Sequence[Path]) -> str:

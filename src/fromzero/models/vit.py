@@ -118,7 +118,7 @@ class Embedding(nn.Module):
                 mend=f"give it images of {self.shape[1]}×{self.shape[2]} (data.input: {{size: …, channels: …}})",
             )
         patches = self.patches((x - self.mean) / self.std).flatten(2).transpose(1, 2)  # (B, T - 1, D)
-        tokens = torch.cat([self.token.expand(len(x), -1, -1), patches], dim=1)  # (B, T, D)
+        tokens = torch.cat([self.token.expand(x.shape[0], -1, -1), patches], dim=1)  # (B, T, D)
         embedded: Tensor = self.dropout(tokens + self.positions)
         return embedded
 
@@ -187,6 +187,19 @@ def _names(config: Config, present: Collection[str]) -> TensorMap:
     if headed:
         same |= {f"head.{kind}": f"classifier.{kind}" for kind in kinds}
     return names | {ours: ((theirs,), "same", ()) for ours, theirs in same.items()}
+
+
+def written_vit(model: ViT) -> dict[str, Any]:
+    """The config.json of such a model, however it was made; mean and std of its pixels belong into a preprocessor_config.json."""
+    channels, height, width = model.embedding.shape
+    first, outputs = model.blocks[0], model.head.out_features
+    assert isinstance(first, Block)
+    sizes = {"hidden_size": model.norm.normalized_shape[0], "num_hidden_layers": len(model.blocks), "num_attention_heads": first.heads}
+    sizes |= {"intermediate_size": first.expand.out_features, "patch_size": model.embedding.patches.kernel_size[0]}
+    shape = {"image_size": height if height == width else [height, width], "num_channels": channels}
+    rest = {"layer_norm_eps": model.norm.eps, "hidden_dropout_prob": model.embedding.dropout.p, "hidden_act": "gelu", "qkv_bias": True}
+    labels = {str(index): f"LABEL_{index}" for index in range(outputs)}
+    return {"model_type": "vit", "architectures": ["ViTForImageClassification"], **sizes, **shape, **rest, "id2label": labels}
 
 
 FAMILY = Family(build=_build, names=_names, ignored=("*pooler.dense.*",), reads="image")

@@ -29,6 +29,7 @@ from fromzero.runner.lock import holding
 from fromzero.runner.loop import Best, is_over, train
 from fromzero.runner.numbers import refuse_wrong_weights, wrong_weights
 from fromzero.runner.prefix import keep_prefix, still_the_same
+from fromzero.runner.probe_inputs import keep_probe
 from fromzero.runner.progress import Progress
 from fromzero.runner.regions import make_plain
 from fromzero.runner.samples import samples
@@ -252,6 +253,8 @@ class _Run:
             folder, older = self.folder / "model", bool(kept) and step != self.progress.step and not spoiled
             saved = replace(self.job.saved, folder=folder)
             write_model(folder, saved, {**last, **kept}, last if older else None, infinite=self.job.infinite)
+            self.job.model.load_state_dict({**last, **kept})
+            keep_probe(folder, self.job)
         if self.progress.sampled:
             write_whole(self.folder / SAMPLES, json.dumps(self.progress.sampled, indent=1, ensure_ascii=False).encode())
         result = self._result(status, step)
@@ -259,7 +262,6 @@ class _Run:
             self.tell(warned)
         self.tell(Finished(status, self.progress.step, self.progress.seconds, result))
         write_whole(self.folder / RESULT, json.dumps(result, indent=1).encode())
-        self.job.model.load_state_dict({**last, **kept})
         return result
 
     def _result(self, status: str, step: int | None) -> dict[str, Any]:

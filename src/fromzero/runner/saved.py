@@ -105,6 +105,7 @@ class SavedModel:
     folder: Path
     weights: dict[str, str] = field(default_factory=dict)  # file → SHA-256
     published: dict[str, Any] = field(default_factory=dict)  # chat template, special tokens and the like, as they came
+    plain: bool = False  # the tensors of a published family stand under our names all the same
 
     def load(self, given: nn.Module | None = None, *, merge: bool = False) -> nn.Module:
         """The module with the kept weights, in eval mode.
@@ -136,7 +137,7 @@ class SavedModel:
             if name.endswith(".safetensors") and name != FINAL:
                 tensors.update(read_tensors(self.folder / name, sha256=sha256))
         family, adapted = self.design.family, self.design.adapted
-        if family is None:
+        if family is None or self.plain:
             return tensors
         rest = {n.removeprefix(REST): t for n, t in tensors.items() if n.startswith(REST)}
         theirs = {n: t for n, t in tensors.items() if not n.startswith(REST)}
@@ -215,7 +216,7 @@ def write_model(
     inputs = asdict(saved.preparation.inputs)
     tokenizer = inputs.pop("tokenizer", None)
     adapted = saved.design.adapted
-    if family is None or (adapted is not None and adapted.base):
+    if family is None or saved.plain or (adapted is not None and adapted.base):
         digests = _write_adapters(folder, saved, adapted, kept) if family and adapted else {}
         digests = digests or {"model.safetensors": write_tensors(folder / "model.safetensors", kept)}
         if tokenizer is not None:
@@ -241,6 +242,7 @@ def write_model(
             "target": saved.preparation.target,
         },
         "published": saved.published,
+        "plain": saved.plain,
         "weights": digests,
     }
     write_whole(folder / "model.json", json.dumps(values, indent=1).encode())
@@ -278,7 +280,8 @@ def read_model(folder: Path) -> SavedModel:
         inputs, answers = (TypeAdapter(_KINDS[p.pop("kind")]).validate_python(p) for p in (parts["inputs"], parts["answers"]))
         design = TypeAdapter(Design).validate_python(values["design"])
         preparation = Preparation(inputs, answers, parts["target"])
-        return SavedModel(design, preparation, values["task"], values["loss"], folder, values["weights"], values["published"])
+        published, plain = values["published"], bool(values.get("plain"))
+        return SavedModel(design, preparation, values["task"], values["loss"], folder, values["weights"], published, plain)
     except FileNotFoundError:
         raise SourceError(
             "holds no model (no model.json)", why=_foreign(folder), file=str(folder), mend="name a run's folder or run:NAME"

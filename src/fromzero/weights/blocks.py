@@ -98,3 +98,44 @@ KINDS: dict[int, tuple[str, int, int, Any]] = {  # ggml's number → name, value
     14: ("Q6_K", 256, 210, _q6_k),
     30: ("BF16", 1, 2, torch.bfloat16),
 }
+
+
+def quantise(values: Tensor, kind: int) -> Tensor:
+    """values: float, rows of whole blocks.  kind: one of WRITTEN.  returns: the bytes, as `dequantise` takes them
+
+    Every byte is the same as from gguf's own reference (`gguf.quants.quantize`).
+    """
+    flat = values.detach().float().contiguous()
+    if kind == 0:
+        return flat.reshape(-1).view(torch.uint8)
+    if kind == 1:
+        return flat.to(torch.float16).reshape(-1).view(torch.uint8)
+    packed: Tensor = WRITTEN[kind](flat.reshape(-1, 32))
+    return packed.reshape(-1)
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0, 1 / scale)
+
+
+def _bytes(scale: Tensor) -> Tensor:
+    return scale.to(torch.float16).view(torch.uint8)  # (n, 1) → (n, 2)
+
+
+def _to_q8_0(blocks: Tensor) -> Tensor:
+    scale = blocks.abs().amax(1, keepdim=True) / 127
+    whole = blocks * _inverse(scale)
+    size = whole.abs()
+    rounded = torch.sign(whole) * (size.floor() + (2 * (size - size.floor())).floor())  # halves away from zero, as C's roundf
+    return torch.cat([_bytes(scale), rounded.to(torch.int8).view(torch.uint8)], 1)
+
+
+def _to_q4_0(blocks: Tensor) -> Tensor:
+    furthest = blocks.gather(1, blocks.abs().argmax(1, keepdim=True))
+    scale = furthest / -8
+    whole = torch.trunc(blocks * _inverse(scale) + 8.5).clamp(0, 15).to(torch.uint8)
+    low, high = whole.chunk(2, 1)
+    return torch.cat([_bytes(scale), low | high << 4], 1)
+
+
+WRITTEN: dict[int, Any] = {0: None, 1: None, 2: _to_q4_0, 8: _to_q8_0}

@@ -22,7 +22,8 @@ from fromzero.weights.tensors import Shapes, Tensors
 
 _WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 _LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
-_FACTORS = "rope_freqs.weight"
+ROTARY_FACTORS = "rope_freqs.weight"
+ARCHITECTURES = tuple(_WORDS["architectures"])
 
 
 def gguf_config(meta: Mapping[str, Any], tensors: Tensors) -> dict[str, Any]:
@@ -64,11 +65,11 @@ def _rotary(meta: Mapping[str, Any], tensors: Tensors, kind: str, config: Mappin
         found["rope_scaling"] = {"rope_type": scaling, "factor": meta.get(f"{kind}.rope.scaling.factor", 1.0)}
         if (original := meta.get(f"{kind}.rope.scaling.original_context_length")) is not None:
             found["rope_scaling"]["original_max_position_embeddings"] = original
-    if _FACTORS in tensors:
-        factors = tensors[_FACTORS].float()
+    if ROTARY_FACTORS in tensors:
+        factors = tensors[ROTARY_FACTORS].float()
         factor = float(factors.max())
         if not torch.allclose(factors, _llama3_factors(len(factors), config.get("rope_theta", 1e4), factor), rtol=1e-4):
-            raise SourceError("has factors of rotary positions that are not llama 3's", file=tensors.file, key=_FACTORS)
+            raise SourceError("has factors of rotary positions that are not llama 3's", file=tensors.file, key=ROTARY_FACTORS)
         found["rope_scaling"] = {"rope_type": "llama3", "factor": factor, **_LLAMA3}
     return found
 
@@ -87,7 +88,7 @@ def _llama3_factors(count: int, theta: float, factor: float) -> Tensor:
 def gguf_tensors(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
     """The same tensors under the names and in the layout that the field uses.  raises: SourceError naming one without a place"""
     kind = config["model_type"]
-    words = _WORDS["gpt2_tensors"] if kind == "gpt2" else _WORDS["decoder_tensors"] | _WORDS.get(f"{kind}_tensors", {})
+    words = _tensor_words(kind)
     heads = {"attn_q": config.get("num_attention_heads"), "attn_k": config.get("num_key_value_heads") or config.get("num_attention_heads")}
     theirs: dict[str, tuple[str, Any]] = {}  # name, what is done with it: nothing, "T", or a number of heads
     shapes: Shapes = {}
@@ -95,7 +96,7 @@ def gguf_tensors(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
         match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)(\.weight|\.bias)", name)
         stem = words.get(f"blk.N.{match[2]}" if match[1] else match[2]) if match else None
         if match is None or stem is None:
-            if name == _FACTORS:
+            if name == ROTARY_FACTORS:
                 continue
             raise SourceError(f"has a tensor that {kind} has no place for", file=tensors.file, key=name)
         change = heads.get(match[2]) if kind == "llama" else "T" if kind == "gpt2" and match[1] and len(shape) == 2 else None
@@ -116,3 +117,40 @@ def gguf_tensors(tensors: Tensors, config: Mapping[str, Any]) -> Tensors:
 def _halves(tensor: Tensor, heads: int) -> Tensor:
     """(heads · K, …), the two numbers that turn together in neighbouring rows → all first ones of a head, then all second ones"""
     return tensor.reshape(heads, -1, 2, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def to_gguf(tensors: Mapping[str, Tensor], kind: str, heads: tuple[int, int]) -> dict[str, tuple[Tensor, int | str | None]]:
+    """The way back: published tensors under GGUF's names, each with what is still to be done by `laid_out` when it is written.
+
+    heads:   of queries and of keys, whose rows llama has in pairs
+    raises:  SourceError naming a tensor that the architecture has no word for
+    """
+    words = {theirs: ours for ours, theirs in _tensor_words(kind).items()}
+    found: dict[str, tuple[Tensor, int | str | None]] = {}
+    for name, tensor in tensors.items():
+        stem, _, leaf = name.rpartition(".")
+        number = re.search(r"\.(\d+)\.", stem)
+        word = words.get(stem.replace(number[0], ".N.", 1) if number else stem)
+        if word is None:
+            raise SourceError("has no word in GGUF", why=f"{kind} has none in the table gguf_names.toml", key=name)
+        change: int | str | None = None
+        if kind == "llama" and word.endswith(("attn_q", "attn_k")):
+            change = heads[word.endswith("attn_k")]
+        elif kind == "gpt2" and number and tensor.dim() == 2:
+            change = "T"
+        found[f"{word.replace('.N.', f'.{number[1]}.') if number else word}.{leaf}"] = (tensor, change)
+    return found
+
+
+def laid_out(tensor: Tensor, change: int | str | None) -> Tensor:
+    """change: as to_gguf says"""
+    if change is None:
+        return tensor
+    if isinstance(change, str):
+        return tensor.T.contiguous()
+    return tensor.reshape(change, 2, -1, *tensor.shape[1:]).transpose(1, 2).reshape(tensor.shape)
+
+
+def _tensor_words(kind: str) -> dict[str, str]:
+    found: dict[str, str] = _WORDS["gpt2_tensors"] if kind == "gpt2" else _WORDS["decoder_tensors"] | _WORDS.get(f"{kind}_tensors", {})
+    return found

@@ -6,16 +6,20 @@ sentencepiece's BPE. Of any other the reason is said, and the weights can be use
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
+from fromzero.errors import ModelError
+
 # How text is cut before merging, one expression by name (llama.cpp, llama-vocab.cpp); an empty one is GPT-2's own.
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CUTS = {"llama-bpe": _LLAMA3, "qwen2": _LLAMA3.replace("{1,3}", ""), "smollm": "", "gpt-2": "", "default": ""}
 MOST_PIECE = 256  # characters: every way of cutting a piece in two is looked at
-_NORMAL, _UNKNOWN, _CONTROL, _USER, _BYTE = 1, 2, 3, 4, 6  # kinds of tokens
+_NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6  # kinds of tokens
 
 
 def gguf_special(meta: Mapping[str, Any]) -> dict[str, Any]:
@@ -83,3 +87,44 @@ def _sentencepiece(meta: Mapping[str, Any], vocabulary: dict[str, int], kinds: S
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()] + [decoders.Strip(" ", 1, 0)] * space
     made.decoder = decoders.Sequence(steps)
     return made
+
+
+def tokenizer_to_gguf(tokenizer: str, rows: int, ids: Mapping[str, int], ends: tuple[bool, bool], texts: Sequence[str]) -> dict[str, Any]:
+    """The way back: the metadata for a tokenizer.json, with which a reader cuts these texts into the same tokens.
+
+    rows:    of the embedding; those without a token get one that is never used
+    ids:     bos, eos, eot, unknown, padding as far as there are such
+    ends:    whether bos and eos are put around a text
+    raises:  ModelError where no kind of tokenizer that GGUF names does the same
+    """
+    parts, made = json.loads(tokenizer), Tokenizer.from_str(tokenizer)
+    names, added = made.get_vocab(with_added_tokens=True), made.get_added_tokens_decoder()
+    tokens = [f"[PAD{number}]" for number in range(max(rows, *(number + 1 for number in names.values())))]
+    kinds = [_UNUSED] * len(tokens)
+    for token, number in names.items():
+        tokens[number], kinds[number] = token, _NORMAL
+    for number, one in added.items():
+        kinds[number] = _CONTROL if one.special else _USER
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in parts["model"].get("merges") or ()]
+    shared: dict[str, Any] = {f"{name}_token_id": number for name, number in ids.items()}
+    shared |= {f"add_{end}_token": added for end, added in zip(("bos", "eos"), ends, strict=True)}
+    wanted = [one.ids for one in made.encode_batch_fast([*texts], add_special_tokens=False)]
+    for model, cut in (*(("gpt2", cut) for cut in ("gpt-2", "smollm", "llama-bpe", "qwen2")), ("llama", "default")):
+        described = {"model": model, "pre": cut, "tokens": tokens, "token_type": kinds, **shared}
+        described |= {"merges": merges} if model == "gpt2" else _scored(tokens, kinds, merges, '"Prepend"' in tokenizer)
+        meta = {f"tokenizer.ggml.{key}": value for key, value in described.items() if value != []}
+        again = gguf_tokenizer(meta)[0] if merges else None
+        if again and [one.ids for one in Tokenizer.from_str(again).encode_batch_fast([*texts], add_special_tokens=False)] == wanted:
+            return meta
+    raise ModelError(
+        "its tokenizer is of no kind that GGUF names",
+        why=f"of {parts['model'].get('type')} and {(parts.get('pre_tokenizer') or {}).get('type')} nothing there makes the same tokens",
+        mend="byte-level BPE that cuts text as GPT-2, SmolLM, Llama 3 or Qwen 2 do it, and sentencepiece's BPE can be written",
+    )
+
+
+def _scored(tokens: Sequence[str], kinds: Sequence[int], merges: Sequence[str], space: bool) -> dict[str, Any]:
+    """Sentencepiece keeps no merges: what is merged earlier has a better score."""
+    ranks = {merge.replace(" ", ""): -float(rank) for rank, merge in reversed(list(enumerate(merges, start=1)))}
+    byte = [_BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else kind for token, kind in zip(tokens, kinds, strict=True)]
+    return {"scores": [ranks.get(token, 0.0) for token in tokens], "token_type": byte, "add_space_prefix": space}

@@ -54,11 +54,16 @@ class Documents:
         return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=sum(self.lengths))
 
 
-def documents_of(tokens: Tensor, offsets: Tensor, pasts: Sequence[int] = ()) -> Documents:
+def documents_of(tokens: Tensor, offsets: Tensor | None, pasts: Sequence[int] = ()) -> Documents:
     """Look at the offsets once for all layers. On a GPU this waits for the device.
 
+    offsets: None where the tokens are one document: then no value is looked at, so that a program can be made of the model
     raises: ShapeError where the offsets do not run from 0 to N, or a document is empty
     """
+    if offsets is None:
+        length = tokens.shape[0]
+        ends = torch.cat([tokens.new_zeros(1), tokens.new_full((1,), length)])
+        return Documents(ends, (length,), torch.arange(length, device=tokens.device), (Group(length, 1),))
     bounds = offsets.tolist()
     lengths = tuple(after - before for before, after in pairwise(bounds))
     if not bounds or bounds[0] != 0 or bounds[-1] != len(tokens) or min(lengths, default=1) < 1:
