@@ -129,22 +129,38 @@ class Speech:
         return "length" if len(self.ids) >= self.most else "context" if full else "stop"
 
 
-def as_text(tokenizer: str, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
-    """The text of ids as they come, in whole characters: what is not whole waits for the next, and at the end is left out.
+class Spelling:
+    """Ids one at a time in, their text out in whole characters: what is not whole waits for the next.
 
     before: ids whose text stands before and is not given
     """
-    window, said = list(before), tk.decode(tokenizer, before)
-    fresh: list[int] = []
-    text = said
+
+    def __init__(self, tokenizer: str, before: Sequence[int] = ()) -> None:
+        self._tokenizer, self._window, self._fresh = tokenizer, list(before), list[int]()
+        self._text = self._said = tk.decode(tokenizer, before)
+
+    def add(self, token: int) -> str:
+        self._fresh.append(token)
+        self._text = tk.decode(self._tokenizer, [*self._window, *self._fresh])
+        if self._text.endswith(BROKEN) or len(self._text) <= len(self._said):
+            return ""
+        piece = self._text[len(self._said) :]
+        self._window, self._fresh = self._fresh, []  # they stay as what stands before: a token by itself may be written otherwise
+        self._text = self._said = tk.decode(self._tokenizer, self._window)
+        return piece
+
+    def rest(self) -> str:
+        """What the last ids still give; half a character is left out."""
+        return self._text[len(self._said) :].rstrip(BROKEN)
+
+
+def as_text(tokenizer: str, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+    """The pieces of a Spelling that are not empty."""
+    spelling = Spelling(tokenizer, before)
     for token in ids:
-        fresh.append(token)
-        text = tk.decode(tokenizer, [*window, *fresh])
-        if not text.endswith(BROKEN) and len(text) > len(said):
-            yield text[len(said) :]
-            window, fresh = fresh, []  # they stay as what stands before: a token by itself may be written otherwise
-            text = said = tk.decode(tokenizer, window)
-    if rest := text[len(said) :].rstrip(BROKEN):
+        if piece := spelling.add(token):
+            yield piece
+    if rest := spelling.rest():
         yield rest
 
 
