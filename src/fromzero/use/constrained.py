@@ -17,6 +17,8 @@ import fromzero.data.tokens as tk
 from fromzero.errors import DataError, MissingExtra
 
 ANY_OBJECT = {"type": "object"}
+INSTALL = "pip install 'fromzero[serve]'"
+SPACE = r"[ \n\t]{0,16}"  # between the parts of JSON: a small model would go on with white space for ever
 
 
 def allowed_by(schema: Any, tokenizer: str, stops: Collection[int]) -> Callable[[Sequence[int]], Tensor]:
@@ -30,7 +32,7 @@ def allowed_by(schema: Any, tokenizer: str, stops: Collection[int]) -> Callable[
     except ImportError as error:
         raise MissingExtra("the package llguidance is not installed", why="it holds a text to a schema", mend=INSTALL) from error
     vocabulary = _vocabulary(tokenizer, tuple(sorted(stops)))
-    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+    grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults={"whitespace_pattern": SPACE})
     if wrong := LLMatcher.validate_grammar(grammar, vocabulary):
         raise DataError(f"the schema cannot be followed: {str(wrong)[:200]}", mend="schemas are those of llguidance")
     matcher, seen = LLMatcher(vocabulary, grammar), 0
@@ -49,9 +51,6 @@ def allowed_by(schema: Any, tokenizer: str, stops: Collection[int]) -> Callable[
         return ((packed[:, None] >> bits) & 1).flatten()[:size].bool()  # (V,)
 
     return allowed
-
-
-INSTALL = "pip install 'fromzero[serve]'"
 
 
 @lru_cache(maxsize=2)

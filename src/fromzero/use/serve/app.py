@@ -92,9 +92,8 @@ class Routes:
         return JSONResponse({"status": "ok"})
 
     async def measured(self, request: Request) -> Response:
-        now = (
-            {"running": 0, "waiting": 0} if self.decoding is None else {"running": self.decoding.running, "waiting": self.decoding.waiting}
-        )
+        work = self.decoding
+        now = {} if work is None else {"running": work.running, "waiting": work.waiting, "decoded": work.made}
         return Response(self.metrics.page(now), media_type=TYPE)
 
     async def models(self, request: Request) -> Response:

@@ -185,10 +185,10 @@ def check(kind: type[Kind], value: Any) -> Kind:
         raise Refused(400, f"the body is {type(value).__name__}, not a JSON object")
     for name in value:
         if name in _NEVER and name not in kind.model_fields:
-            raise Refused(400, f"{name} is not taken from a request", why=_NEVER[name], mend="leave it out", param=name)
+            raise Refused(400, "is not taken from a request", why=_NEVER[name], mend="leave it out", param=name)
     for name, (fine, instead) in _ONLY.items():
         if name in value and value[name] not in fine:
-            raise Refused(400, f"{name} is not known here beyond {fine[0]!r}", mend=instead, param=name)
+            raise Refused(400, f"is not known here beyond {fine[0]!r}", mend=instead, param=name)
     said = {name: value[name] for name in value if name not in _ONLY and name not in _IDLE}
     given = {name: one for name, one in said.items() if one is not None or name == "content"}  # null is what is left out
     try:
