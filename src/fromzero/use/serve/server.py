@@ -89,10 +89,12 @@ def bind(host: str, port: int, *, keys: bool) -> socket.socket:
         if not keys and not all(ipaddress.ip_address(one[4][0]).is_loopback for one in found):
             why = "whoever reaches it could use the model, and read what others are answered"
             raise UserError(f"--host {host} is reached by others", why=why, mend="give --key-file, or leave --host out")
-        made = socket.socket(found[0][0], socket.SOCK_STREAM)
-        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        made.bind(found[0][4])
-        made.listen()
+        with contextlib.ExitStack() as failing:
+            made = failing.enter_context(socket.socket(found[0][0], socket.SOCK_STREAM))
+            made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            made.bind(found[0][4])
+            made.listen()
+            failing.pop_all()
     except OSError as error:
         raise UserError(f"{host}, port {port}: {error.strerror or error}", mend="choose another --host or --port") from None
     return made
