@@ -27,7 +27,9 @@ from tests.use.conftest import BLUE, FRANCE, JAPAN, PARIS, SKY, TEMPLATE, TOKYO,
 from tests.use.serving import HI, in_process, random_talker, trained_predictors
 from tests.use.test_commands import fromzero
 
+from fromzero.use.serve.asked import Chat, check  # isort: skip
 from fromzero.use.serve.choices import CALL, Choice, Cut, read_calls  # isort: skip
+from fromzero.use.serve import limits  # isort: skip
 from fromzero.use.speak import open_speaker  # isort: skip
 
 KEY = b"sk-0123456789abcdefg"
@@ -152,6 +154,22 @@ def test_calls_in_the_hermes_form_are_set_apart_and_others_stay_text() -> None:
         assert "".join(hear(choice, tokenizer, text)) == text and (choice.finish, choice.called) == ("stop", [])
     assert "".join(hear(Choice(tokenizer, [], []), tokenizer, written)) == written
     assert len(read_calls(written.removeprefix("I ask.\n") * 2)) == 2
+
+
+def test_arguments_of_earlier_calls_reach_the_template_as_objects() -> None:
+    def seen(arguments: Any) -> Any:
+        call = {"id": "1", "type": "function", "function": {"name": "a", "arguments": arguments}}
+        (made,) = check(Chat, asked(SKY, messages=[{"role": "assistant", "content": None, "tool_calls": [call]}])).messages
+        return made.seen()["tool_calls"][0]["function"]["arguments"]
+
+    assert seen('{"of": "日本"}') == {"of": "日本"} and seen({"of": 1}) == {"of": 1}
+    assert seen("{broken") == "{broken" and seen("[" * 1000) == "[" * 1000
+    assert (
+        check(Chat, asked(SKY, messages=[{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]))
+        .messages[0]
+        .content
+        == "ab"
+    )
 
 
 def test_tools_go_through_the_template_and_calls_are_looked_for_only_in_its_own_form(talker: Path, tmp_path: Path) -> None:
@@ -516,3 +534,27 @@ def test_a_random_model_of_raw_text_is_no_chat_model(tmp_path: Path, talker: Pat
         assert (
             client.post("/v1/completions", json={"model": "raw", "prompt": "a", "max_tokens": 2}).json()["usage"]["completion_tokens"] == 2
         )
+
+
+def test_the_limits_of_the_page_are_those_of_the_code(repository: Path) -> None:
+    page, most = (repository / "docs" / "serve.md").read_text(), limits.Limits()
+    rows = dict(re.findall(r"^\| (.+?) \| (.+?) \| .+? \|$", page, re.MULTILINE))
+    assert len(rows) == 17
+    for name, said in (
+        ("body of a request", f"{most.body // 2**20} MiB"),
+        ("head of a request", f"{most.header_seconds:g} s, 16 KiB"),
+        ("body to arrive", f"{most.body_seconds:g} s"),
+        ("an answer, waiting included", f"{most.answer_seconds:g} s"),
+        ("connections", f"{most.connections}"),
+        ("requests read, waiting or answered", f"{most.requests}"),
+        ("`max_tokens`", f"{limits.MOST_TOKENS}"),
+        ("messages, tools", f"{limits.MOST_MESSAGES}, {limits.MOST_TOOLS}"),
+        ("prompts times `n`", f"{limits.MOST_TEXTS}"),
+        ("stop strings", f"{limits.MOST_STOPS}, of {limits.LONGEST_STOP} characters"),
+        ("`top_logprobs`", f"{limits.MOST_LIKELIEST}"),
+        ("texts of an embeddings request", f"{limits.MOST_INPUTS}"),
+        ("rows of a prediction", f"{limits.MOST_ROWS:,}"),
+        ("open answers after SIGTERM", f"{most.drain_seconds:g} s"),
+    ):
+        assert rows[name] == said, name
+    assert f"up to {most.together} texts at a time" in page

@@ -82,7 +82,18 @@ class Message(_Strict):
     def seen(self) -> dict[str, Any]:
         """As a template sees it; it knows no developer."""
         said = {name: value for name, value in self if value is not None}
+        if self.tool_calls:
+            said["tool_calls"] = [_with_arguments(call) for call in self.tool_calls]
         return {**said, "role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+
+
+def _with_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    """Arguments as an object, which templates write; the API has them as a text."""
+    try:
+        function = call["function"]
+        return {**call, "function": {**function, "arguments": read_json(function["arguments"].encode())}}
+    except (Refused, KeyError, TypeError, AttributeError):
+        return call
 
 
 class Function(_Strict):

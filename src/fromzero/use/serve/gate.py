@@ -122,23 +122,25 @@ class Gate:
             raise Refused(401, "no key that is known here came along", mend="send Authorization: Bearer KEY", name="invalid_api_key")
 
     async def _body(self, headers: Mapping[str, str], receive: Receive) -> bytes:
-        declared, most = headers.get("content-length", "0"), self.limits.body
-        parts, size = [], int(declared) if declared.isdigit() else 0
+        most, parts, size = self.limits.body, list[bytes](), 0
+        too_large = Refused(413, f"the body has more than {most} bytes", mend="send less at a time")
+        declared = headers.get("content-length", "")
+        if declared.isdecimal() and int(declared) > most:
+            raise too_large
         try:
             async with asyncio.timeout(self.limits.body_seconds):
-                more, size = size <= most, size if size > most else 0
-                while more:
+                while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
                         raise Left
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
-                    more = message.get("more_body", False) and size <= most
+                    if size > most:
+                        raise too_large
+                    if not message.get("more_body", False):
+                        return b"".join(parts)
         except TimeoutError:
             raise Refused(408, f"the body did not arrive within {self.limits.body_seconds:g} s") from None
-        if size > most:
-            raise Refused(413, f"the body has more than {most} bytes", mend="send less at a time")
-        return b"".join(parts)
 
 
 class Cut(Exception):
