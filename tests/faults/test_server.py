@@ -86,6 +86,9 @@ def test_a_body_of_100_megabytes_is_refused_whether_or_not_its_size_was_declared
                     made.sendall(wrap(block))
             answer = heard(made)
         assert b" 413 " in answer and b"the body has more than 8388608 bytes" in answer, answer[:200]
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)) as plain:
+        plain.request("POST", "/v1/completions", block * 24, {"Content-Type": "application/json"})
+        assert plain.getresponse().status == 413, "a client that sends all before it reads comes to read why"
     with sent(server.port, head(100 * 2**20, more="Expect: 100-continue\r\n")) as made:
         began, answer = time.monotonic(), heard(made)
         assert answer.startswith(b"HTTP/1.1 413") and time.monotonic() - began < 1.5, "it is told not to send"
