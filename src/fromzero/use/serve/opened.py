@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fromzero.devices import look_at_machine
@@ -39,4 +39,4 @@ def open_model(source: str, runs: Path) -> Opened:
             raise ModelError(f"'{source}' has no classes of its own to name", mend="train it on data of yours, and serve the run")
         model = headless(build_published(start.published, {}, per_token=False)[0].eval(), source)
         return Opened(name, Embedder(model.to(look_at_machine().device), start.tokenizer))
-    return Opened(name, open_speaker(source, runs))
+    return Opened(name, replace(open_speaker(source, runs), name=name))

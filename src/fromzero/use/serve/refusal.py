@@ -17,6 +17,12 @@ class Refused(UserError):
         self.status, self.name = status, name
 
 
+def said_of(param: str, error: UserError) -> Refused:
+    """What was found deeper inside, of the field that it came from"""
+    first = error.faults[0]
+    return Refused(400, first.what, why=first.why, mend=first.mend, param=param)
+
+
 def status_of(error: Exception) -> int:
     return error.status if isinstance(error, Refused) else 400 if isinstance(error, UserError) else 500
 

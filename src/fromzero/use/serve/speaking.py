@@ -20,7 +20,7 @@ from fromzero.use.serve.choices import CALL, Choice
 from fromzero.use.serve.decoding import Decoding, Told, Wish
 from fromzero.use.serve.limits import MOST_TEXTS
 from fromzero.use.serve.metrics import Metrics
-from fromzero.use.serve.refusal import Refused
+from fromzero.use.serve.refusal import Refused, said_of
 from fromzero.use.speak import NEAR, Speaker, converse
 
 Event = dict[str, Any]
@@ -29,7 +29,7 @@ Event = dict[str, Any]
 def wishes_of(speaker: Speaker, asked: Chat | Completion) -> list[Wish]:
     """The texts that a request asks for, each prompt n times. Takes a while: a child renders the chat template.
 
-    raises: Refused naming the field; MissingExtra where a schema asks for a package that is not there
+    raises: Refused naming the field
     """
     if asked.stream_options is not None and not asked.stream:
         raise Refused(400, "stream_options is of a stream", mend="set stream, or leave it out", param="stream_options")
@@ -64,7 +64,7 @@ def _conversation(speaker: Speaker, asked: Chat) -> list[int]:
     try:
         return converse(speaker, [message.seen() for message in asked.messages], tools or None, whole=True).prompt
     except UserError as error:
-        raise Refused(400, error.faults[0].what, why=error.faults[0].why, mend=error.faults[0].mend, param="messages") from None
+        raise said_of("messages", error) from None
 
 
 def _prompt(speaker: Speaker, given: str | list[int]) -> list[int]:
@@ -89,7 +89,7 @@ def _allowed(speaker: Speaker, asked: Asked) -> Any:
     try:
         return allowed_by(schema, speaker.tokenizer, speaker.stops)
     except UserError as error:
-        raise Refused(400, error.faults[0].what, why=error.faults[0].why, mend=error.faults[0].mend, param="response_format") from None
+        raise said_of("response_format", error) from None
 
 
 @dataclass
