@@ -306,18 +306,19 @@ def test_other_models_types_routes_and_methods_are_refused_in_the_same_shape(cli
 
 
 def test_a_mistake_of_ours_tells_nothing_and_the_next_request_is_answered(
-    client: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    talker: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     def broken(self: Batch) -> list[Made]:
         raise RuntimeError("the secret of /home/me")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(Batch, "step", broken)
-        answers = [client.post("/v1/chat/completions", json=asked(SKY, stream=stream)) for stream in (False, True)]
-    for answer in answers:
-        assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error" and "secret" not in answer.text
-    assert "the secret of /home/me" in capfd.readouterr().err
-    assert client.post("/v1/chat/completions", json=asked(SKY)).json()["choices"][0]["message"]["content"] == BLUE
+    with in_process(str(talker), answer_seconds=15) as client:
+        with monkeypatch.context() as patched:
+            patched.setattr(Batch, "step", broken)
+            answers = [client.post("/v1/chat/completions", json=asked(SKY, stream=stream)) for stream in (False, True)]
+        for answer in answers:
+            assert answer.status_code == 500 and answer.json()["error"]["type"] == "server_error" and "secret" not in answer.text
+        assert "the secret of /home/me" in capfd.readouterr().err
+        assert client.post("/v1/chat/completions", json=asked(SKY)).json()["choices"][0]["message"]["content"] == BLUE
 
 
 def test_a_table_is_predicted_by_the_names_of_its_columns(runs: Path) -> None:
