@@ -438,6 +438,32 @@ def _progress() -> Callable[[int, int], None]:
 
 
 @app.command()
+def serve(
+    model: AnySource,
+    host: Annotated[str, typer.Option(help="the address to listen at; one that others reach needs --key-file")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free")] = 8080,
+    key_file: Annotated[str | None, typer.Option(metavar="FILE", help="keys that may ask, one a line")] = None,
+    runs: Runs = "runs",
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Answer over HTTP: OpenAI's API for language models and encoders, /v1/predict for others, a page at /. SIGTERM finishes and ends."""
+
+    def work() -> Any:
+        from fromzero.use.serve.limits import Limits
+        from fromzero.use.serve.server import serve_model
+
+        def say(line: str) -> None:
+            print(line, file=sys.stderr, flush=True)
+
+        keys = None if key_file is None else Path(key_file)
+        found = serve_model(model, Path(runs), host=host, port=port, key_file=keys, limits=Limits(), say=say)
+        return _Both((f"{found['requests']} requests answered", found))
+
+    _answer(work, as_json, debug, str)
+
+
+@app.command()
 def export(
     model: AnySource,
     output: Annotated[str | None, typer.Argument(metavar="FOLDER", help="a new folder")] = None,

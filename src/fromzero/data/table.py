@@ -323,7 +323,7 @@ def _json_values(path: Path, faults: list[Fault]) -> Iterator[tuple[int, Any]]:
             if start.startswith("[") and not start.startswith("[["):
                 raise DataError("is a JSON array, not one object a line", file=str(path), line=1, mend="name it .json")
         if piece.strip():
-            yield line, _parse_json(piece.removesuffix("\n"), path, line, faults)
+            yield line, parse_json(piece.removesuffix("\n"), path, line, faults)
 
 
 def _objects(path: Path, values: Iterable[tuple[int, Any]], faults: list[Fault]) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -345,12 +345,13 @@ def _read_json(path: Path, skip: int) -> Iterator[Table]:
 
 def _whole_json(path: Path) -> Any:
     faults: list[Fault] = []
-    value = _parse_json(read_text(path), path, 1, faults)
+    value = parse_json(read_text(path), path, 1, faults)
     refuse(faults)
     return value
 
 
-def _parse_json(text: str, path: Path, line: int, faults: list[Fault]) -> Any:
+def parse_json(text: str, path: Path, line: int, faults: list[Fault]) -> Any:
+    """The value of a text; what is too deep, doubled or no JSON is noted in `faults`."""
     if (at := _too_deep(text)) is not None:
         faults.append(_at(text, at, f"is nested more than {MOST_DEPTH} deep", path, line))
         return _UNREAD
