@@ -30,7 +30,7 @@ torch.set_num_threads(1)
 # phase: (recipe, where the function is, its name, the call of it that is slow)
 SLOW = {
     "planning": ("language", probe, "_steps", 1),
-    "frozen part": ("encoder", prefix, "reads_at", 6),
+    "frozen part": ("encoder", prefix, "reads_at", 4),
     "first texts": ("language", samples, "generate", 1),
     "training": ("language", loop, "gradient_norm", 2),
     "evaluation": ("language", judge.Judge, "measure", 1),
