@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import fromzero as fz
 from fromzero.planner import cut
-from fromzero.report.events import Evaluated, Event, Sampled, Saving, StepDone, Warned
+from fromzero.report.events import Evaluated, Event, Finished, Sampled, Saving, Started, StepDone, Warned
 from fromzero.report.jsonlines import EVENTS, read_events
 from fromzero.runner import checkpoint, prefix
 from fromzero.runner import folder as folder_room
@@ -130,7 +130,7 @@ def test_whenever_it_is_killed_it_goes_on_to_the_bits_of_the_unbroken_run(
     whole, instants = tmp_path / "whole" / "r", list[Path]()
 
     def copy(event: Event | None = None) -> None:
-        if whole.exists() and (event is None or isinstance(event, (StepDone, Evaluated, Sampled, Saving))):
+        if whole.exists() and (event is None or isinstance(event, (StepDone, Evaluated, Sampled, Saving, Finished))):
             instants.append(tmp_path / f"{len(instants):02}-{type(event).__name__}-{getattr(event, 'step', '')}")
             shutil.copytree(whole, instants[-1] / "r", ignore=shutil.ignore_patterns("lock"))
 
@@ -146,7 +146,7 @@ def test_whenever_it_is_killed_it_goes_on_to_the_bits_of_the_unbroken_run(
     monkeypatch.setattr(prefix, "LEAST_SECONDS", 1e9)
     monkeypatch.setattr(cut, "LOST_SECONDS", 1e9)
     assert len(instants) >= 10 + 5 + 2 + 5  # steps, saves, evaluations, renames
-    for runs in instants[::one_in]:
+    for runs in (*instants[:-1:one_in], instants[-1]):  # always the end, too
         go_on(case, tmp_path, runs)
         assert kill.differences(runs / "r", whole) == [], runs.name
         assert rows(runs) == 1
@@ -251,6 +251,10 @@ def test_a_stop_between_the_pieces_of_a_batch_waits_for_its_step_and_other_piece
         data = {"train": (x, y), "hold_out": 0.1}
         return {"name": "r", "task": "classify", "model": model, "data": data, "batch": 12, "epochs": 3, "limits": limits, "report": ()}
 
+    def forget_planning(event: Event) -> None:
+        if isinstance(event, Started):
+            del SEEN[24:]
+
     def order(runs: Path, stop_at: int | None) -> list[int]:
         made = fz.plan(recipe(Remembers(stop_at), 5), runs=runs, probe=False)
         assert (made.plan.micro_batch, made.plan.steps, made.plan.facts.data.train) == (5, 12, 37)
@@ -262,7 +266,7 @@ def test_a_stop_between_the_pieces_of_a_batch_waits_for_its_step_and_other_piece
             assert len(SEEN) == 24, "the whole second batch"
             written = runs / "r" / "recipe.yaml"
             written.write_text(written.read_text().replace("micro_batch: 5", "micro_batch: 3"))
-            fz.resume("r", runs=runs, model=Remembers(), data=(x, y), quiet=True)
+            fz.resume("r", runs=runs, model=Remembers(), data=(x, y), observers=[forget_planning], quiet=True)
         return list(SEEN)
 
     whole, broken = order(tmp_path / "a", None), order(tmp_path / "b", stop_at)
