@@ -18,6 +18,7 @@ SCRIPT = """
 import contextlib, importlib.util, json, os, signal, sys, time
 from pathlib import Path
 import torch
+import fromzero as fz
 import fromzero.cli
 from fromzero.planner import cut
 from fromzero.runner import checkpoint, execute, judge, loop, prefix, probe, samples
@@ -80,8 +81,8 @@ def code_of(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 found = {}
-for recipe in ("language", "encoder"):
-    assert code_of(child(["train", recipe + ".yaml", "--runs", "whole"], "said")) == 0, Path("said").read_text()
+for recipe in ("language", "encoder"):  # here, so that the children find everything imported
+    fz.run(fz.plan(recipe + ".yaml", runs="whole"), quiet=True)
 for phase, sent in json.loads(sys.argv[2]):
     key = f"{phase} {sent}"
     recipe, runs = SLOW[phase][0], key.replace(" ", "_")
