@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 import fromzero as fz
+from fromzero.report.jsonlines import EVENTS, read_events
 from fromzero.runner.lock import LOCK, holding
 
 HOLD = "import sys, time, pathlib; from fromzero.runner.lock import holding\nwith holding(pathlib.Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(30)"
@@ -85,3 +86,72 @@ def test_a_run_that_is_being_trained_is_not_resumed_beside_it(tmp_path: Path) ->
         with pytest.raises(fz.UserError, match="one is being trained by process"):
             fz.resume("one", runs=tmp_path, model=nn.Linear(4, 3), data=(x, y), quiet=True)
         assert sorted(path.name for path in (tmp_path / "one").rglob("*")) == before
+
+
+# Two children, forked when all is imported, wait at a gate and resume one run; which one comes first is up to the system.
+RACE = """
+import json, os, signal, sys
+from pathlib import Path
+import torch, fromzero as fz
+from fromzero.report.events import StepDone
+
+torch.set_num_threads(1)
+x, y = torch.rand(40, 4, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+values = {"task": "classify", "model": "mlp", "data": (x, y), "batch": 8, "steps": 12, "evaluate": {"every": 3}, "save": {"every": 2}, "limits": {"threads": 1}}
+
+def stop(event):
+    if isinstance(event, StepDone) and event.step == 3:
+        os.kill(os.getpid(), signal.SIGINT)
+
+def racer(name, gate):
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        code = 1
+        try:
+            os.read(gate, 1)
+            fz.resume(name, runs="runs", data=(x, y), quiet=True)
+            code = 0
+        except fz.UserError as error:
+            code = 2 if "is being trained by" in str(error) or "is done after" in str(error) else 1
+        finally:
+            os._exit(code)
+    return pid
+
+for number in range(int(sys.argv[1])):
+    name = f"r{number}"
+    try:
+        fz.run(fz.plan({**values, "name": name}, runs="runs", probe=False), observers=[stop], quiet=True)
+    except fz.Interrupted:
+        pass
+    reads, opens = os.pipe()
+    racers = [racer(name, reads) for _ in range(2)]
+    os.write(opens, b"..")
+    print(json.dumps(sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in racers)))
+"""
+
+
+@pytest.mark.parametrize("races", [4, pytest.param(20, marks=pytest.mark.slow)])
+def test_of_two_that_resume_one_run_at_once_one_trains_and_the_other_leaves_no_trace(tmp_path: Path, races: int) -> None:
+    command = [sys.executable, "-c", RACE, str(races)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [[0, 2]] * races
+    logs = [read_events(tmp_path / "runs" / f"r{number}" / EVENTS) for number in range(races)]
+    for events in logs:
+        assert [event["step"] for event in events if event["event"] == "StepDone"] == list(range(1, 13))
+        assert [event["status"] for event in events if event["event"] == "Finished"] == ["interrupted", "done"]
+
+
+def test_a_run_that_another_process_ended_in_between_is_not_trained_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.rand(40, 4), torch.arange(40) % 3
+    planned = fz.plan({"name": "one", "task": "classify", "model": "mlp", "data": (x, y), "steps": 2}, runs=tmp_path, probe=False)
+    fz.run(planned, quiet=True)
+    before = (tmp_path / "one" / EVENTS).read_bytes()
+    monkeypatch.setattr(
+        "fromzero.runner.folder.refuse_finished", lambda folder: None
+    )  # it was looked at before the other one came to its end
+    with pytest.raises(fz.UserError, match="run 'one' is done after 2 steps"):
+        fz.resume("one", runs=tmp_path, data=(x, y), quiet=True)
+    assert (tmp_path / "one" / EVENTS).read_bytes() == before

@@ -6,8 +6,8 @@ import time
 import pytest
 
 from fromzero.errors import DataError
-from fromzero.report.events import Evaluated, Finished, Planned, Saved, Started, StepDone, Warned, as_json
-from fromzero.report.jsonlines import JsonLines, read_events
+from fromzero.report.events import Evaluated, Finished, Planned, Sampled, Saved, Saving, Started, StepDone, Warned, as_json
+from fromzero.report.jsonlines import JsonLines, read_events, roll_back
 
 EVENTS = [
     Planned("a", 2, 1, 10, 10, None),
@@ -124,3 +124,51 @@ def test_a_missing_file_is_said_to_be_missing(tmp_path):
 def test_an_empty_file_has_no_events(tmp_path):
     (tmp_path / "events.jsonl").write_text("")
     assert read_events(tmp_path / "events.jsonl") == []
+
+
+def test_a_log_that_another_process_writes_is_not_touched_before_the_first_event(tmp_path):
+    path = tmp_path / "events.jsonl"
+    path.write_bytes(b'{"event": "Started"}\n{"event": "Ste')  # the other one has not come to the end of its line
+    observer = JsonLines(path)
+    observer.close()
+    assert path.read_bytes().endswith(b'{"event": "Ste')
+
+
+def test_before_a_checkpoint_all_steps_are_on_the_disk_and_that_is_no_line_of_its_own(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr("fromzero.report.jsonlines.os.fsync", synced.append)
+    observer = JsonLines(tmp_path / "events.jsonl")
+    observer(EVENTS[2])
+    observer(Saving(1))
+    assert [event["event"] for event in read_events(tmp_path / "events.jsonl")] == ["StepDone"] and len(synced) == 1
+    observer.close()
+
+
+def test_a_log_is_rolled_back_to_before_the_first_event_of_a_later_step(tmp_path):
+    path = tmp_path / "events.jsonl"
+    steps = [StepDone(step, 1, step, 0.5, 1e-3) for step in range(1, 5)]
+    said = [EVENTS[1], Sampled(0, "a", "b"), *steps[:2], Evaluated(2, 1, 0.4, 0.5), Sampled(2, "a", "c"), Saved(2, "x"), *steps[2:]]
+    written(path, [*said, Saved(4, "y")])
+    whole = path.read_bytes()
+    for step, left in ((-1, 1), (0, 2), (1, 3), (2, 7), (3, 8), (4, 10), (9, 10)):
+        path.write_bytes(whole)
+        for _ in range(2):
+            roll_back(path, step)
+            assert path.read_bytes() == b"".join(whole.splitlines(keepends=True)[:left])
+
+
+def test_an_end_that_left_no_result_is_taken_off_and_one_that_was_a_stop_stays(tmp_path):
+    path = tmp_path / "events.jsonl"
+    written(path, [EVENTS[1], EVENTS[2], Finished("interrupted", 1, 1.0), EVENTS[1], Finished("done", 1, 2.0)])
+    roll_back(path, 1)
+    assert [event["event"] for event in read_events(path)] == ["Started", "StepDone", "Finished", "Started"]
+
+
+def test_rolling_back_takes_a_cut_line_along_when_steps_go_and_needs_no_log(tmp_path):
+    path = tmp_path / "events.jsonl"
+    roll_back(path, 3)
+    assert not path.exists()
+    written(path, [StepDone(1, 1, 1, 0.5, 1e-3), StepDone(2, 1, 2, 0.5, 1e-3)])
+    path.write_bytes(path.read_bytes() + b'{"event": "StepDone", "st')
+    roll_back(path, 1)
+    assert [event["step"] for event in read_events(path)] == [1] and path.read_bytes().endswith(b"}\n")

@@ -10,7 +10,7 @@ import pytest
 from fromzero.errors import DataError
 from fromzero.report.events import Evaluated, Finished, Planned, Started, StepDone, Warned
 from fromzero.report.jsonlines import JsonLines
-from fromzero.report.page import MOST_POINTS, thin, ticks, write_page
+from fromzero.report.page import MOST_POINTS, Page, thin, ticks, write_page
 
 BAD = '<script>alert("x")</script>'
 
@@ -173,3 +173,13 @@ def test_ticks_are_round_numbers_within_the_range():
     assert ticks(0, 10) == [0, 2, 4, 6, 8, 10]
     assert [f"{tick:.6g}" for tick in ticks(0.13, 0.87)] == ["0.2", "0.4", "0.6", "0.8"]
     assert ticks(5, 5) == [5]
+
+
+def test_the_page_is_written_at_the_end_by_the_process_whose_run_spoke(tmp_path):
+    folder = run_folder(tmp_path / "a", a_run())
+    silent, heard = Page(folder), Page(folder)
+    heard(object())
+    silent.close()
+    assert not (folder / "page.html").exists()
+    heard.close()
+    assert (folder / "page.html").exists()

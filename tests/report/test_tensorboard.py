@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from fromzero.errors import MissingExtra
-from fromzero.report.events import Evaluated, Finished, Started, StepDone
+from fromzero.report.events import Evaluated, Finished, Saving, Started, StepDone
 from fromzero.report.tensorboard import TensorBoard
 
 
@@ -76,6 +76,20 @@ def test_a_run_that_goes_on_makes_tensorboard_forget_the_steps_after_its_start(t
         observer(Started("a", "runs/a", first, 0.0))
         observer.close()
     assert records(tmp_path)[1] == [1, 6]
+
+
+def test_before_a_checkpoint_all_steps_are_in_the_file_and_a_run_that_never_speaks_leaves_none(tmp_path):
+    pytest.importorskip("tensorboard")
+    TensorBoard(tmp_path / "silent").close()
+    assert not (tmp_path / "silent").exists()
+    clock = Clock()
+    observer = TensorBoard(tmp_path / "tb", clock=clock)
+    observer(Started("a", "runs/a", 0, 0.0))
+    for step in (1, 2):  # the second waits, for it comes too soon
+        observer(StepDone(step, 1, 64, 0.5, 0.1))
+    observer(Saving(2))
+    assert [step for step, _ in records(tmp_path / "tb")[0]] == [1, 2]
+    observer.close()
 
 
 def test_a_missing_package_names_the_line_that_installs_it(tmp_path, monkeypatch):

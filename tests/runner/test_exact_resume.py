@@ -20,9 +20,10 @@ from torch import Tensor, nn
 
 import fromzero as fz
 from fromzero.planner import cut
-from fromzero.report.events import Evaluated, Event, Sampled, Saving, StepDone, Warned
+from fromzero.report.events import Evaluated, Event, Finished, Sampled, Saving, Started, StepDone, Warned
 from fromzero.report.jsonlines import EVENTS, read_events
 from fromzero.runner import checkpoint, prefix
+from fromzero.runner import folder as folder_room
 
 TINY = {"width": 16, "layers": 3, "heads": 2}
 OFTEN = {"save": {"every": 2, "keep": 2}, "steps": 10, "limits": {"threads": 1}}  # 2.5 epochs; every save falls on an evaluation
@@ -129,7 +130,7 @@ def test_whenever_it_is_killed_it_goes_on_to_the_bits_of_the_unbroken_run(
     whole, instants = tmp_path / "whole" / "r", list[Path]()
 
     def copy(event: Event | None = None) -> None:
-        if whole.exists() and (event is None or isinstance(event, (StepDone, Evaluated, Sampled, Saving))):
+        if whole.exists() and (event is None or isinstance(event, (StepDone, Evaluated, Sampled, Saving, Finished))):
             instants.append(tmp_path / f"{len(instants):02}-{type(event).__name__}-{getattr(event, 'step', '')}")
             shutil.copytree(whole, instants[-1] / "r", ignore=shutil.ignore_patterns("lock"))
 
@@ -145,7 +146,7 @@ def test_whenever_it_is_killed_it_goes_on_to_the_bits_of_the_unbroken_run(
     monkeypatch.setattr(prefix, "LEAST_SECONDS", 1e9)
     monkeypatch.setattr(cut, "LOST_SECONDS", 1e9)
     assert len(instants) >= 10 + 5 + 2 + 5  # steps, saves, evaluations, renames
-    for runs in instants[::one_in]:
+    for runs in (*instants[:-1:one_in], instants[-1]):  # always the end, too
         go_on(case, tmp_path, runs)
         assert kill.differences(runs / "r", whole) == [], runs.name
         assert rows(runs) == 1
@@ -220,17 +221,20 @@ def test_seconds_are_counted_over_restarts_and_the_unmoved_are_warned_of_once(tm
     assert [what.partition(" tensors")[0] for what in said] == ["4 of 4"], "compared with the first weights, at step 3 alone"
 
 
+SEEN: list[int] = []  # a run trains a copy of the module that it was given
+
+
 class Remembers(nn.Module):
     """Notes which examples it is trained on: their number is their first value"""
 
-    def __init__(self, seen: list[int], stop_at: int | None = None) -> None:
+    def __init__(self, stop_at: int | None = None) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.layer, self.seen, self.calls, self.stop_at = nn.Linear(4, 3), seen, 0, stop_at
+        self.layer, self.calls, self.stop_at = nn.Linear(4, 3), 0, stop_at
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training:
-            self.seen += x[:, 0].int().tolist()
+            SEEN.extend(x[:, 0].int().tolist())
             self.calls += 1
             if self.calls == self.stop_at:
                 os.kill(os.getpid(), signal.SIGINT)
@@ -247,20 +251,23 @@ def test_a_stop_between_the_pieces_of_a_batch_waits_for_its_step_and_other_piece
         data = {"train": (x, y), "hold_out": 0.1}
         return {"name": "r", "task": "classify", "model": model, "data": data, "batch": 12, "epochs": 3, "limits": limits, "report": ()}
 
+    def forget_planning(event: Event) -> None:
+        if isinstance(event, Started):
+            del SEEN[24:]
+
     def order(runs: Path, stop_at: int | None) -> list[int]:
-        seen: list[int] = []
-        made = fz.plan(recipe(Remembers(seen, stop_at), 5), runs=runs, probe=False)
+        made = fz.plan(recipe(Remembers(stop_at), 5), runs=runs, probe=False)
         assert (made.plan.micro_batch, made.plan.steps, made.plan.facts.data.train) == (5, 12, 37)
-        seen.clear()
+        SEEN.clear()
         try:
             fz.run(made, quiet=True)
         except fz.Interrupted as error:
             assert "stopped after step 2 of 12, saved" in str(error)
-            assert len(seen) == 24, "the whole second batch"
+            assert len(SEEN) == 24, "the whole second batch"
             written = runs / "r" / "recipe.yaml"
             written.write_text(written.read_text().replace("micro_batch: 5", "micro_batch: 3"))
-            fz.resume("r", runs=runs, model=Remembers(seen), data=(x, y), quiet=True)
-        return seen
+            fz.resume("r", runs=runs, model=Remembers(), data=(x, y), observers=[forget_planning], quiet=True)
+        return list(SEEN)
 
     whole, broken = order(tmp_path / "a", None), order(tmp_path / "b", stop_at)
     assert len(whole) == 3 * 37 and whole == broken
@@ -292,6 +299,54 @@ def test_weights_of_the_last_step_left_by_a_stop_do_not_stay_beside_the_kept_one
     outcome = go_on("cnn", tmp_path, tmp_path)
     older = outcome.result["kept_step"] < 10
     assert (tmp_path / "r" / "model" / "final.safetensors").exists() == older
+
+
+def test_a_signal_ends_the_pass_through_the_frozen_part_after_the_batch_that_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, reads_at = 0, prefix.reads_at
+
+    def counted(*given: Any) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == 4:  # three for what is compared before; then the training texts, and the validation texts
+            os.kill(os.getpid(), signal.SIGINT)
+        return reads_at(*given)
+
+    monkeypatch.setattr(prefix, "reads_at", counted)
+    with pytest.raises(
+        fz.Interrupted, match="stopped before step 1 of 10, nothing new was to be saved; fromzero resume r goes on"
+    ) as caught:
+        run(planned("encoder", tmp_path), tmp_path)
+    assert calls == 4 and caught.value.code == 130
+
+
+def test_a_folder_is_a_run_only_when_all_that_resume_needs_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = folder_room.write_whole
+    for left in range(3):
+        count = 0
+
+        def write(path: Path, data: bytes, left: int = left) -> None:
+            nonlocal count
+            count += 1
+            if count > left:
+                raise KeyboardInterrupt
+            whole(path, data)
+
+        monkeypatch.setattr(folder_room, "write_whole", write)
+        made = planned("mlp", tmp_path)
+        with pytest.raises(KeyboardInterrupt):
+            run(made, tmp_path / str(left))
+        with pytest.raises(fz.SourceError, match="there is no run 'r'"):
+            go_on("mlp", tmp_path, tmp_path / str(left))
+
+
+def test_a_run_goes_on_with_the_threads_and_the_room_that_it_was_planned_for(tmp_path: Path) -> None:
+    made = planned("mlp", tmp_path).plan
+    noted, facts = made.as_json()["facts"], replace(made.facts, machine=replace(made.facts.machine, threads=2))
+    noted["machine"]["threads"] = 2
+    larger = replace(facts, machine=replace(facts.machine, threads=64, memory_bytes=1, host_bytes=1, disk_bytes=1))
+    smaller = replace(facts, machine=replace(facts.machine, threads=1))
+    assert larger.with_noted(noted).machine == facts.machine
+    assert smaller.with_noted(noted).machine.threads == 1, "more than there are would wait for each other"
 
 
 def test_the_judge_of_this_file_sees_a_changed_value_a_missing_line_and_a_second_end(kill: ModuleType, tmp_path: Path) -> None:
