@@ -18,6 +18,7 @@ import typer
 
 import fromzero as fz
 from fromzero.errors import FromzeroError, UserError, out_of_memory
+from fromzero.report.summary import closing
 
 app = typer.Typer(
     add_completion=False,
@@ -214,7 +215,7 @@ def train(
             if finding.severity == "warning":
                 print(f"! {finding}", file=sys.stderr)
         outcome = fz.run(planned)
-        return _Both((_closing(outcome.result, outcome.folder, runs), outcome.result))
+        return _Both((closing(outcome.result, outcome.folder, runs), outcome.result))
 
     _answer(work, as_json, debug, str)
 
@@ -230,25 +231,7 @@ def _requeued(recipe: str, overrides: list[str] | None, runs: str) -> _Both | No
     result, said = read_result(folder), "nothing was trained: the run of this recipe is done\n"
     if result.get("status") != "done":
         result, said = fz.resume(folder.name, runs=runs).result, ""
-    return _Both((said + _closing(result, folder, runs), result))
-
-
-_USES = {"chat": ("chat", ""), "language": ("generate", " --prompt TEXT")}  # of a run, by its task; predict else
-
-
-def _closing(result: dict[str, Any], folder: Path, runs: str) -> str:
-    from fromzero.report.summary import format_count, format_seconds
-
-    where = "" if runs == "runs" else f" --runs {runs}"
-    use, more = _USES.get(result["task"], ("predict", " INPUT"))
-    measured = ", ".join(f"{name} {value:.4g}" for name, value in result["validation"].items())
-    lines = [
-        f"{result['run']}: {format_count(result['steps'])} steps in {format_seconds(result['seconds'])}"
-        + (f"; validation {measured}" if measured else ""),
-        f"  {use:<9} fromzero {use} run:{result['run']}{more}{where}",
-        f"  curves    fromzero runs {result['run']}{where}   or open {folder / 'page.html'}",
-    ]
-    return "\n".join(lines)
+    return _Both((said + closing(result, folder, runs), result))
 
 
 @app.command()
@@ -264,7 +247,7 @@ def resume(
 
     def work() -> Any:
         outcome = fz.resume(run, *(overrides or []), runs=runs, accept_changed_data=accept)
-        return _Both((_closing(outcome.result, outcome.folder, runs), outcome.result))
+        return _Both((closing(outcome.result, outcome.folder, runs), outcome.result))
 
     _answer(work, as_json, debug, str)
 

@@ -19,7 +19,25 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 README = (REPOSITORY / "README.md").read_text(encoding="utf-8")
 CHINESE = (REPOSITORY / "README.zh.md").read_text(encoding="utf-8")
 PAGES = ["README.md", "README.zh.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md"]
-PAGES += [f"docs/{name}.md" for name in ("LOG", "commands", "errors", "models", "names", "predictions", "recipe", "resume")]
+PAGES += [
+    f"docs/{name}.md"
+    for name in (
+        "LOG",
+        "checkpoints",
+        "commands",
+        "errors",
+        "export",
+        "generating",
+        "how-tested",
+        "models",
+        "names",
+        "planner",
+        "predictions",
+        "recipe",
+        "resume",
+        "serve",
+    )
+]
 
 
 def blocks(text: str, language: str) -> list[str]:

@@ -18,8 +18,8 @@ def test_the_page_has_a_row_for_each_of_forty_faults():
     assert all(len(cells) == 4 and all(cells) for cells in ROWS.values())
 
 
-@pytest.mark.parametrize("row", range(21, 39))
-def test_every_fault_of_data_recipe_and_models_names_tests_and_a_mutation(row):
+@pytest.mark.parametrize("row", [row for row in range(1, 41) if row not in (18, 19)])
+def test_every_fault_that_can_happen_here_names_tests_and_a_mutation(row):
     _, happens, tests, mutation = ROWS[row]
     assert "see below" not in happens + tests + mutation and "::test_" in tests and "→" in mutation
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 import fromzero as fz
 from fromzero.data import tokens as tk
-from fromzero.models.generate import scores_at
+from fromzero.models.scores import scores_at
 from fromzero.models.together import Batch, Made
 from tests.use.conftest import BLUE, FRANCE, JAPAN, PARIS, SKY, TEMPLATE, TOKYO, turns
 from tests.use.serving import HI, in_process, random_talker, trained_predictors

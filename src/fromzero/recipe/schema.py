@@ -439,12 +439,10 @@ class Recipe(Section):
     tokens: Annotated[Annotated[int, Field(ge=1)] | None, NoneWord] = Field(None, description="text: tokens to train on, instead of epochs")
     clip: Annotated[Annotated[float, Field(gt=0)] | None, NoneWord] = Field(None, description="largest norm of the whole gradient")
     not_finite: NotFinite = Field(NotFinite(), description="what a loss or gradient that is NaN or infinite does: stop | {skip: N}")
-    precision: Literal["float32", "float64", "bf16", "auto"] = Field(
-        "float32", description="float32 | float64 | bf16 | auto (bf16 where the device has it)"
-    )
+    precision: Literal["float32", "float64", "bf16", "auto"] = Field("float32", description="auto: bf16 where the device has it")
     seed: int = Field(0, ge=0, lt=2**63, description="first weights, split, order and dropout follow from it")
     evaluate: Annotated[Evaluate, short_for("every")] = Field(
-        Evaluate(), description="when to measure on the validation data, and what to keep"
+        Evaluate(), description="when to measure on validation data, and what to keep"
     )
     save: Annotated[Save, short_for("every")] = Field(Save(), description="when to write a checkpoint")
     limits: Limits = Field(Limits(), description="what the planner may use")

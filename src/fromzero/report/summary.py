@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 WIDTH = 80
@@ -238,3 +239,20 @@ def _last_metrics(validation: dict[str, Any], room: int) -> str:
             continue
         text = longer
     return text or NOTHING
+
+
+_USES = {"chat": ("chat", ""), "language": ("generate", " --prompt TEXT")}  # of a run, by its task; predict else
+
+
+def closing(result: Mapping[str, Any], folder: Path, runs: str) -> str:
+    """What a run came to, and the commands that use it.  runs: the folder of the runs, as it was asked for"""
+    where = "" if runs == "runs" else f" --runs {runs}"
+    use, more = _USES.get(result["task"], ("predict", " INPUT"))
+    measured = ", ".join(f"{name} {value:.4g}" for name, value in result["validation"].items())
+    lines = [
+        f"{result['run']}: {format_count(result['steps'])} steps in {format_seconds(result['seconds'])}"
+        + (f"; validation {measured}" if measured else ""),
+        f"  {use:<9} fromzero {use} run:{result['run']}{more}{where}",
+        f"  curves    fromzero runs {result['run']}{where}   or open {folder / 'page.html'}",
+    ]
+    return "\n".join(lines)
