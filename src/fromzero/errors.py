@@ -19,7 +19,7 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
-MOST_SHOWN = 1000  # characters of a part of a message
+MOST_SHOWN, TAIL_SHOWN = 1000, 200  # characters of a part of a message, and of these at its end: what is wrong often stands there
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,9 @@ class Fault:
 
 def _shown(text: str) -> str:
     """What a person reads of it: a key or a value may be a file's whole content."""
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} … ({len(text):,} characters)"
+    if len(text) <= MOST_SHOWN:
+        return text
+    return f"{text[: MOST_SHOWN - TAIL_SHOWN]} … {text[-TAIL_SHOWN:]} ({len(text):,} characters)"
 
 
 class FromzeroError(Exception):

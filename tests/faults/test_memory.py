@@ -18,12 +18,12 @@ NO_MEMORY = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allo
 
 
 class Wide(nn.Module):
-    """What a sample keeps in memory is far more than its weights."""
+    """What a sample keeps in memory is far more than its weights.  p: of draws that belong to no sample, so that a batch may not be cut"""
 
     def __init__(self, p: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.body = nn.Sequential(nn.Conv1d(1, 32, 3, padding=1), nn.Tanh(), nn.Conv1d(32, 4, 3, padding=1), nn.Dropout(p))
+        self.body = nn.Sequential(nn.Conv1d(1, 32, 3, padding=1), nn.Tanh(), nn.Conv1d(32, 4, 3, padding=1), nn.AlphaDropout(p))
         self.head = nn.Linear(4, 3)
 
     def forward(self, x: Tensor) -> Tensor:

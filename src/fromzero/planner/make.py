@@ -33,11 +33,10 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
     prefix, cut = _prefix(recipe, facts, steps, again=steps > steps_per_epoch)
     chosen = choose_way(recipe, facts, batch, cut.bytes)
     compiled = _compile(recipe, facts, steps)
-    threads = facts.machine.threads if recipe.limits.threads == "auto" else min(recipe.limits.threads, facts.machine.threads)
-    rows = score_rows(recipe, facts, batch)
+    rows, threads = score_rows(recipe, facts, batch), _threads(recipe, facts)
     choices = (
         Choice("device", facts.machine.device, _device_reason(recipe, facts)),
-        Choice("threads", threads, "limits.threads" if recipe.limits.threads != "auto" else "every core this process may use"),
+        threads,
         Choice("allocator", "keeps freed memory" if facts.machine.keeps_memory else "as it is", _allocator_reason(facts)),
         precision,
         *(choice for choice in (prefix, attention, adapters, compiled) if choice is not None),
@@ -45,18 +44,13 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         *([Choice("scores", f"{rows} rows", "of trained tokens at once; all scores of a batch are never in memory")] if rows else []),
     )
     written = disk(recipe, facts)
-    trouble = [
-        *([] if trainable else [_nothing_trains(facts)]),
-        *_no_step(recipe, facts, asked, steps_per_epoch),
-        *chosen.trouble,
-        *_no_disk(facts, sum(written.values())),
-    ]
+    trouble = [*_no_step(recipe, facts, asked, steps_per_epoch), *chosen.trouble, *_no_disk(facts, sum(written.values()))]
     seconds = run_seconds(recipe, facts, steps, evaluations, chosen.way)
     plan = Plan(
         recipe=recipe,
         facts=facts,
         device=facts.machine.device,
-        threads=threads,
+        threads=int(threads.value),
         keep_memory=facts.machine.keeps_memory,
         precision=str(precision.value),
         attention=str(attention.value) if attention else "",
@@ -79,7 +73,7 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         trains=_trains(recipe, facts),
         trainable_parameters=trainable,
         alternatives=tuple(alternatives(recipe, facts, chosen, batch, steps)),
-        findings=(*trouble, *findings(recipe, facts)),
+        findings=(*([] if trainable else [_nothing_trains(facts)]), *trouble, *findings(recipe, facts)),
         seconds=seconds,
         disk=written,
         memory=memory(recipe, facts, chosen.way),
@@ -87,6 +81,15 @@ def make(recipe: Recipe, facts: Facts) -> Plan:
         predicted_peak_bytes=max(peak_bytes(recipe, facts, chosen.way), facts.measured.planning_bytes if facts.measured else 0),
     )
     return corrected(replace(plan, grade=_grade(plan)))
+
+
+def _threads(recipe: Recipe, facts: Facts) -> Choice:
+    asked, there = recipe.limits.threads, facts.machine.threads
+    return (
+        Choice("threads", there, "every core this process may use")
+        if asked == "auto"
+        else Choice("threads", min(asked, there), "limits.threads")
+    )
 
 
 def _grade(plan: Plan) -> str:

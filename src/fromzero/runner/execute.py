@@ -254,7 +254,8 @@ class _Run:
             saved = replace(self.job.saved, folder=folder)
             write_model(folder, saved, {**last, **kept}, last if older else None, infinite=self.job.infinite)
             self.job.model.load_state_dict({**last, **kept})
-            keep_probe(folder, self.job)
+            if not self.torn:
+                keep_probe(folder, self.job)
         if self.progress.sampled:
             write_whole(self.folder / SAMPLES, json.dumps(self.progress.sampled, indent=1, ensure_ascii=False).encode())
         result = self._result(status, step)
