@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# tests run in a process for each core; threads of theirs that wait for each other would take the cores
+ALONE := OMP_NUM_THREADS=1
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo demo-llm test test-all check bench docs clean
@@ -13,10 +15,10 @@ demo-llm: $(VENV)/core
 	@$(BIN)/python recipes/demo_llm.py
 
 test: $(VENV)/dev check
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(ALONE) $(BIN)/python -m pytest -q -m "not slow" -n auto --dist loadfile
 
 test-all: $(VENV)/dev check
-	@$(BIN)/python -m pytest -q
+	@$(ALONE) $(BIN)/python -m pytest -q -n auto --dist loadfile
 
 check: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy
