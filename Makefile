@@ -25,7 +25,7 @@ check: $(VENV)/dev
 
 bench: $(VENV)/dev
 	@$(PIP) -e '.[bench]'
-	@$(BIN)/python benchmarks/cnn.py && $(BIN)/python benchmarks/table.py && $(BIN)/python benchmarks/decoder.py && $(BIN)/python benchmarks/lora.py && $(BIN)/python benchmarks/startup.py
+	@$(BIN)/python benchmarks/cnn.py && $(BIN)/python benchmarks/table.py && $(BIN)/python benchmarks/decoder.py && $(BIN)/python benchmarks/lora.py && $(BIN)/python benchmarks/overhead.py && $(BIN)/python benchmarks/startup.py
 
 docs: $(VENV)/core
 	@$(BIN)/python docs/generate.py

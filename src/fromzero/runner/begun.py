@@ -211,7 +211,7 @@ def go_on_with(going: Going, plan: Plan, loaded: Loaded, place: Place, progress:
     name, step = going.begun.folder.name, progress.step
     if going.done_at is not None and step != going.done_at:
         raise SourceError(
-            f"has no checkpoint of its end, step {going.done_at}; the newest is of step {step}",
+            f"has no checkpoint of its end, step {going.done_at}; {f'the newest is of step {step}' if step else 'there is none at all'}",
             why="a run is made longer from where it ended",
             mend=f"save.every: epoch keeps one the next time; to train on from its weights: model: run:{name} in a new recipe",
             file=str(going.begun.folder),
