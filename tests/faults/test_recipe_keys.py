@@ -140,4 +140,4 @@ def test_a_message_shows_the_beginning_of_what_is_endless(endless: str) -> None:
     with pytest.raises(fz.RecipeError) as caught:
         check(parse((SOUND + endless + "\n").encode(), "r.yaml"))
     said = str(caught.value)
-    assert "r.yaml:5" in said and "x … (30,0" in said and len(said) < 2_000
+    assert "r.yaml:5" in said and "x … x" in said and "(30,0" in said and len(said) < 2_000

@@ -167,6 +167,7 @@ class Convolutions(nn.Module):
         return self.fc2(F.relu(self.fc1(x.flatten(1))))
 
 
+@pytest.mark.slow
 def test_compiling_the_digits_network_is_refused_by_name_where_its_gradients_are_zero(tmp_path: Path) -> None:
     recipe = {"task": "classify", "data": {"train": "mnist-5k", "limit": 640}, "batch": 64, "steps": 3, "limits": {"compile": "always"}}
     made = fz.plan({**recipe, "model": Convolutions()}, runs=tmp_path)

@@ -123,7 +123,8 @@ def test_what_learned_is_saved_small_and_others_open_it(speaker: Path, chats: Pa
     outcome, _ = run(recipe(speaker, chats), tmp_path)
     folder = tmp_path / "talk" / "model"
     files = {path.name for path in folder.iterdir()}
-    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", "model.json"} == files
+    ours = {"model.json", "probe.safetensors"}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "tokenizer_config.json", *ours} == files
     assert (folder / "adapter_model.safetensors").stat().st_size < (speaker / "model.safetensors").stat().st_size
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)("red green blue stone", add_special_tokens=False)["input_ids"])
     offsets = torch.tensor([0, len(ids)])

@@ -23,8 +23,8 @@ import fromzero as fz
 from fromzero.planner import cut
 from fromzero.report.events import Evaluated, Event, Finished, Sampled, Saving, Started, StepDone, Warned
 from fromzero.report.jsonlines import EVENTS, read_events
+from fromzero.runner import begun as begun_room
 from fromzero.runner import checkpoint, prefix
-from fromzero.runner import folder as folder_room
 
 TINY = {"width": 16, "layers": 3, "heads": 2}
 OFTEN = {"save": {"every": 2, "keep": 2}, "steps": 10, "limits": {"threads": 1}}  # 2.5 epochs; every save falls on an evaluation
@@ -321,7 +321,7 @@ def test_a_signal_ends_the_pass_through_the_frozen_part_after_the_batch_that_run
 
 
 def test_a_folder_is_a_run_only_when_all_that_resume_needs_is_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = folder_room.write_whole
+    whole = begun_room.write_whole
     for left in range(3):
         count = 0
 
@@ -332,7 +332,7 @@ def test_a_folder_is_a_run_only_when_all_that_resume_needs_is_in_it(tmp_path: Pa
                 raise KeyboardInterrupt
             whole(path, data)
 
-        monkeypatch.setattr(folder_room, "write_whole", write)
+        monkeypatch.setattr(begun_room, "write_whole", write)
         made = planned("mlp", tmp_path)
         with pytest.raises(KeyboardInterrupt):
             run(made, tmp_path / str(left))

@@ -99,7 +99,7 @@ def test_a_layer_of_the_frozen_part_is_named_too(tmp_path: Path, monkeypatch: py
     keys = {"task": "classify", "model": body, "data": {"train": (x, y)}, "freeze": "body", "batch": 8, "epochs": 200, "report": ()}
     planned = fz.plan(keys, runs=tmp_path, probe=False)
     job = assemble(replace(planned.plan, prefix="4", kept_in="memory"), planned.loaded, planned.place)
-    keep_prefix(job, frozen_digest(job.model, job.frozen), lambda event: None)
+    keep_prefix(job, frozen_digest(job.model, job.frozen), lambda event: None, lambda: None)
     assert job.stepped is not job.model
     with torch.no_grad():
         body_of = job.model.get_submodule("2")

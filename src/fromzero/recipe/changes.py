@@ -22,6 +22,8 @@ MAY_CHANGE = {
     "evaluate.samples": "texts to read along; nothing is learned from them",
     "save.every": "when checkpoints are written; no number depends on it",
     "save.keep": "how many checkpoints stay",
+    "save.full": "what happens where the disk is full; no number depends on it",
+    "not_finite.skip": "how many steps may be skipped; those that were are counted on",
     "limits.seconds": "seconds of training over all restarts together",
     "limits.memory": _HOW,
     "limits.threads": _HOW,

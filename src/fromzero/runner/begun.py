@@ -202,12 +202,8 @@ def _other_versions(folder: Path) -> Iterator[str]:
                 yield f"{name}: {then[name]} → {now}"
 
 
-def go_on_with(going: Going, plan: Plan, loaded: Loaded, place: Place, progress: Progress) -> Iterator[Warned]:
-    """Check that there is something left to do, write what has changed into the folder, and say it.
-
-    The epoch underway begins anew where its examples are not what they were.
-    raises:   UserError where the length asked for is reached already; SourceError where a done run has no checkpoint of its end
-    """
+def refuse_no_way_on(going: Going, plan: Plan, progress: Progress) -> None:
+    """raises: UserError where the length asked for is reached already; SourceError where a done run has no checkpoint of its end"""
     name, step = going.begun.folder.name, progress.step
     if going.done_at is not None and step != going.done_at:
         raise SourceError(
@@ -217,6 +213,11 @@ def go_on_with(going: Going, plan: Plan, loaded: Loaded, place: Place, progress:
             file=str(going.begun.folder),
         )
     _refuse_nothing_left(going, plan, progress)
+
+
+def go_on_with(going: Going, plan: Plan, loaded: Loaded, place: Place, progress: Progress) -> Iterator[Warned]:
+    """Write what has changed into the folder, and say it. The epoch underway begins anew where its examples are not what they were."""
+    name, step = going.begun.folder.name, progress.step
     if going.data:
         progress.index = 0
     said = [f"{key}: {shown(then)} → {shown(now)}" for key, (then, now) in going.recipe.items()]

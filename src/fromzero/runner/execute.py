@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from fromzero.report.summary import format_bytes
 from fromzero.runner import checkpoint, ledger
 from fromzero.runner.around import Stop, full_disk, signals, spoken_once, teller
 from fromzero.runner.assemble import Job, Place, assemble
-from fromzero.runner.begun import Going, go_on_with, refuse_done
+from fromzero.runner.begun import Going, go_on_with, refuse_done, refuse_no_way_on
 from fromzero.runner.folder import RESULT
 from fromzero.runner.lock import holding
 from fromzero.runner.loop import Best, is_over, train
@@ -64,7 +64,7 @@ def execute(
         torch.set_num_threads(plan.threads)
         if plan.keep_memory:
             keep_freed_memory()
-        newest = None if going is None else _newest(going, tell)
+        newest, damaged = (None, {}) if going is None else _newest(going)
         torch.manual_seed(plan.recipe.seed)
         job = assemble(plan, loaded, place)
         torch.manual_seed(plan.recipe.seed)  # the draws of training do not depend on how the model was built
@@ -72,8 +72,11 @@ def execute(
         run = _Run(job, before, folder, tell, stop)
         if newest is not None:
             run.go_on_from(newest, other_data=bool(going is not None and going.data))
-        for warned in () if going is None else go_on_with(going, job.plan, loaded, place, run.progress):
-            tell(warned)
+        if going is not None:
+            refuse_no_way_on(going, plan, run.progress)  # nothing was touched until here
+            _roll_back(folder, newest, damaged, tell)
+            for warned in go_on_with(going, plan, loaded, place, run.progress):
+                tell(warned)
         tell(_planned(plan, folder))
         tell(Started(folder.name, str(folder), run.progress.step, time.time()))
         if plan.prefix:
@@ -297,8 +300,8 @@ def _planned(plan: Plan, folder: Path) -> Planned:
     )
 
 
-def _newest(going: Going, tell: Callable[[Event], None]) -> Path | None:
-    """The newest whole checkpoint, with the log rolled back to it; None where the run was broken off before its first.
+def _newest(going: Going) -> tuple[Path | None, dict[Path, str]]:
+    """The newest whole checkpoint, None where the run was broken off before its first; and what is wrong with newer ones.
 
     raises: UserError where the run has come to its end; SourceError where there are checkpoints and none is whole: never from the start,
             which only a person can ask for
@@ -306,18 +309,25 @@ def _newest(going: Going, tell: Callable[[Event], None]) -> Path | None:
     if going.done_at is None:
         refuse_done(going.begun, {})  # once more, now that the folder is held: another process may have come to the end
     folder = going.begun.folder
-    kept_in = folder / "checkpoints"
-    step, damaged = checkpoint.find(kept_in)
-    skipped = [f"{path.name} was skipped: {wrong}" for path, wrong in damaged.items()]
+    step, damaged = checkpoint.find(folder / "checkpoints")
     if step is None and (damaged or has_saved(folder / EVENTS)):
         raise SourceError(
             "has no whole checkpoint to go on from",
-            why="; ".join(skipped),
+            why="; ".join(_skipped(damaged)),
             mend="fromzero train its recipe.yaml starts anew",
             file=str(folder),
         )
-    roll_back(folder / EVENTS, -1 if step is None else checkpoint.step_of(step))
-    where = "it begins anew" if step is None else f"training goes on from {step.name}"
-    for what in (*skipped, *(checkpoint.tidy(kept_in, damaged) if kept_in.is_dir() else ())):
+    return step, damaged
+
+
+def _skipped(damaged: Mapping[Path, str]) -> list[str]:
+    return [f"{path.name} was skipped: {wrong}" for path, wrong in damaged.items()]
+
+
+def _roll_back(folder: Path, newest: Path | None, damaged: Mapping[Path, str], tell: Callable[[Event], None]) -> None:
+    """The log goes back to the checkpoint, and what a killed save left is taken away."""
+    kept_in = folder / "checkpoints"
+    roll_back(folder / EVENTS, -1 if newest is None else checkpoint.step_of(newest))
+    where = "it begins anew" if newest is None else f"training goes on from {newest.name}"
+    for what in (*_skipped(damaged), *(checkpoint.tidy(kept_in, damaged) if kept_in.is_dir() else ())):
         tell(Warned(what, where))
-    return step

@@ -29,6 +29,7 @@ from fromzero.runner.probe_inputs import read_probe
 from fromzero.runner.saved import Design
 from fromzero.runner.start import Start, build_published, find_start, published_of
 from fromzero.use.export.compare import BOUND, compare
+from fromzero.weights.tensors import first_not_finite
 
 MADE, MADE_ROWS = (40, 24), 8  # tokens of two made-up documents; made-up images, arrays or rows of a table
 CONTINUED = 12  # tokens of the greedy continuation
@@ -121,6 +122,8 @@ def open_subject(source: str, runs: Path, *, given: nn.Module | None = None, num
     else:
         model, design = build_published(published_of(start, source), {})
         model.eval()
+    if wrong := first_not_finite(model.state_dict()):
+        raise ModelError(f"'{source}': {wrong}", why="whoever opened the folder would get NaN for every input", mend="export another run")
     reads = _reads(start, model, design)
     probe = None if start.saved is None else read_probe(start.saved.folder)
     inputs = _made_up(start, model, reads) if probe is None else probe.inputs
