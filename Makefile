@@ -15,10 +15,10 @@ demo-llm: $(VENV)/core
 	@$(BIN)/python recipes/demo_llm.py
 
 test: $(VENV)/dev check
-	@$(ALONE) $(BIN)/python -m pytest -q -m "not slow" -n auto --dist loadfile
+	@$(ALONE) $(BIN)/python -m pytest -q -m "not slow" -n auto --dist worksteal
 
 test-all: $(VENV)/dev check
-	@$(ALONE) $(BIN)/python -m pytest -q -n auto --dist loadfile
+	@$(ALONE) $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 check: $(VENV)/dev
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check --quiet . && $(BIN)/mypy
