@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # tests run in a process for each core; threads of theirs that wait for each other would take the cores
-ALONE := OMP_NUM_THREADS=1
+ALONE := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
 .PHONY: demo demo-llm test test-all check bench docs clean
