@@ -51,7 +51,7 @@ STAYS = {
     "seed": "order, split and dropout follow from it",
     "evaluate.every": "which weights can be the best, and what stop_after counts, follow from it",
     "evaluate.keep": "the weights kept so far were kept by the other rule",
-    "limits.device": "dropout draws from the device's own generator; auto takes the device of the machine it goes on with",
+    "limits.device": "sums are added in another order on another device; auto takes the device of the machine it goes on with",
     "certificate": "it was taken, or left out, before the first step",
     "trust": "it was given when the run began",
 }

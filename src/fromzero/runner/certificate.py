@@ -87,7 +87,7 @@ def _passed(job: Job, plan: Plan, index: Tensor, *, exact: bool = False) -> tupl
         torch.manual_seed(plan.recipe.seed + 1)  # what stands still may draw nothing
         start_at_cut(job, some_rows(job, index), None)
     set_training(job.model, job.frozen)
-    torch.manual_seed(plan.recipe.seed)  # the same dropout
+    torch.manual_seed(plan.recipe.seed)  # the same draws, where some are outside of dropout layers
     job.optimizer.zero_grad()
     around = nullcontext if exact else job.judge.around
     total, count = gradients(job.stepped, pieces(job, index, 0), job.judge.loss, around, rows=plan.score_rows)

@@ -28,7 +28,9 @@ def carry_out(model: nn.Module, plan: Plan, draws: Draws) -> None:
     if plan.compiled:
         sizes = None if plan.facts.reads_text else False  # of texts they are many, and one code serves all; of images each has its own
         for module in _regions(model, plan.facts.model.stages):
-            module.compile(dynamic=sizes, options={"fallback_random": True})  # dropout draws what it would draw without compiling
+            module.compile(
+                dynamic=sizes, options={"fallback_random": True}
+            )  # what draws from torch's stream draws what it would without compiling
 
 
 def run_again(forward, draws, *arguments, **named):  # type: ignore[no-untyped-def]
