@@ -1,5 +1,6 @@
 """What several tests share: real data and real weights, where they are to be had, and a job small enough for hundreds of saves."""
 
+import json
 import os
 import random
 import signal
@@ -79,7 +80,8 @@ class Tiny:
     def state(self) -> dict[str, Any]:
         files, numbers = checkpoint._files(self.job, self.best)
         held = {f"{file}/{name}": tensor.clone() for file, tensors in files.items() for name, tensor in tensors.items()}
-        return {**held, **numbers, **asdict(self.progress), "seconds": 0}
+        drawn = json.dumps(numbers["random"], default=lambda array: array.tolist())
+        return {**held, **numbers["optimizer"], "drawn": drawn, **asdict(self.progress), "seconds": 0}
 
 
 def _equal(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -2,11 +2,13 @@
 
 import json
 import os
+import random
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -121,6 +123,14 @@ def test_skipped_steps_are_counted_and_one_more_stops(tmp_path: Path) -> None:
         run(tmp_path, Marked(), name="limit", not_finite={"skip": 3})
 
 
+class Drawing(Marked):
+    """Draws from every generator that a person's own code may draw from."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        random.random(), np.random.rand(), torch.rand(())
+        return super().forward(x)
+
+
 def test_a_skipped_step_leaves_weights_running_means_draws_and_optimizer_state_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -133,7 +143,8 @@ def test_a_skipped_step_leaves_weights_running_means_draws_and_optimizer_state_a
 
     def state(job: Any) -> list[Tensor]:
         moments = [value for of in job.optimizer.state.values() for value in of.values()]
-        return [torch.get_rng_state(), *(tensor.clone() for tensor in (*job.model.state_dict().values(), *moments))]
+        places = torch.tensor([random.getstate()[1][-1], np.random.get_state()[2]])
+        return [places, torch.get_rng_state(), *(tensor.clone() for tensor in (*job.model.state_dict().values(), *moments))]
 
     skip = loop.skip_or_stop
 
@@ -147,7 +158,7 @@ def test_a_skipped_step_leaves_weights_running_means_draws_and_optimizer_state_a
 
     monkeypatch.setattr(loop, "sure_gradients", noting)
     monkeypatch.setattr(loop, "skip_or_stop", looking)
-    run(tmp_path, Marked(), not_finite={"skip": 9})
+    run(tmp_path, Drawing(), not_finite={"skip": 9})
     assert compared == 4
 
 

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fromzero.devices import generators
 from fromzero.models.cnn import CNN
 from fromzero.models.mlp import MLP
 from fromzero.models.rnn import RNN
@@ -282,7 +284,7 @@ def test_the_model_its_mode_and_the_random_states_stay_as_they_were_and_nothing_
         with torch.no_grad():
             for p in m.parameters():
                 p.mul_(0.5)
-        return m.b(m.a(x)) + torch.rand(4) + random.random()  # type: ignore[no-any-return]
+        return m.b(m.a(x)) + torch.rand(4) + random.random() + np.random.rand()  # type: ignore[no-any-return]
 
     model = Net(run, a=nn.Sequential(line(), nn.BatchNorm1d(4), nn.Dropout(0.5)), b=line())
     model.calls = 0  # type: ignore[assignment]
@@ -292,11 +294,11 @@ def test_the_model_its_mode_and_the_random_states_stay_as_they_were_and_nothing_
         parameter.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
     modes = [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()]
-    states = torch.get_rng_state(), random.getstate()
-    with torch.random.fork_rng(devices=[]):
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[2]
+    with generators.lent():
         assert find_stages(model) == (("a.0", "a.1", "b"), "")
         assert torch.equal(torch.get_rng_state(), states[0])
-    assert random.getstate() == states[1]
+        assert (random.getstate(), np.random.get_state()[2]) == states[1:]
     assert model.calls == 0
     assert [(m.training, len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == [False] * 4 + [True] * 2

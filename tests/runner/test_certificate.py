@@ -1,15 +1,18 @@
 """The certificate: a way that computes something else is refused before training, and named; ways that are equal get their grade."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fromzero as fz
+from fromzero.devices import generators
 from fromzero.planner.make import make
 from fromzero.planner.values import Certificate, Plan
 from fromzero.runner import certificate, regions
@@ -64,6 +67,25 @@ def test_checkpointing_changes_no_bit_with_dropout_either() -> None:
     found, plain = certified(made, checkpointed=("first", "second")), certified(made)
     assert found.plain == "one sample at a time" and 0 < found.error < found.bound and not found.refused
     assert (found.error, found.tensor, found.loss_error) == (plain.error, plain.tensor, plain.loss_error)
+
+
+class Noisy(Net):
+    """Draws from every generator that a person's own code may draw from"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1 + random.random() + np.random.rand() + torch.rand(()))
+
+
+def test_a_model_that_draws_outside_of_dropout_draws_the_same_each_way_and_a_plan_leaves_no_trace() -> None:
+    torch.manual_seed(0)
+    before = repr(generators.note())
+    x = torch.rand(90, 6, generator=torch.Generator().manual_seed(0))
+    recipe = {"task": "classify", "model": Noisy(), "data": {"train": (x, x[:, :3].argmax(1))}, "batch": 16, "epochs": 3}
+    torch.manual_seed(0)
+    measured = fz.plan(recipe).plan.facts.measured
+    assert measured is not None and measured.certificate is not None and measured.certificate.error == 0.0
+    assert repr(generators.note()) == before
+    assert certified(planned(Noisy()), checkpointed=("first", "second")).error == 0.0
 
 
 def test_checkpointing_that_loses_the_draws_of_dropout_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

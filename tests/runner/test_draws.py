@@ -1,10 +1,12 @@
 """Dropout belongs to seed, epoch, example, layer and call: written out in whole numbers, near enough to chance, and the same in every way."""
 
 import hashlib
+import random
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,6 +224,29 @@ def test_a_shared_layer_draws_the_same_when_its_stages_run_again(tmp_path: Path)
     planned = fz.plan({**keys, "model": Shared()}, runs=tmp_path, probe=False)
     plain = fz.run(planned, quiet=True).model.state_dict()
     again = replace(planned, plan=replace(planned.plan, checkpointed=("one", "two")))
+    found = fz.run(again, quiet=True).model.state_dict()
+    assert len(plain) == 6 and all(torch.equal(found[key], value) for key, value in plain.items())
+
+
+class Noisy(nn.Module):
+    """Multiplies with what it draws outside of dropout layers, so that its gradient shows each draw"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh() * (1 + random.random() + np.random.rand() + torch.rand(()))
+
+
+def test_a_stage_that_runs_again_draws_the_same_from_every_generator(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    keys = {"task": "classify", "data": {"train": table()}, "batch": 16, "steps": 4, "report": ()}
+    model = nn.Sequential(Noisy(), Noisy(), nn.Linear(6, 3))
+    planned = fz.plan({**keys, "model": model}, runs=tmp_path, probe=False)
+    assert planned.plan.facts.model.random
+    plain = fz.run(planned, quiet=True).model.state_dict()
+    again = replace(planned, plan=replace(planned.plan, checkpointed=("0", "1")))
     found = fz.run(again, quiet=True).model.state_dict()
     assert len(plain) == 6 and all(torch.equal(found[key], value) for key, value in plain.items())
 

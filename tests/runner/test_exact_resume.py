@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
+import random
 import shutil
 import signal
 import sqlite3
@@ -15,11 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fromzero as fz
+from fromzero.devices import generators
 from fromzero.planner import cut
 from fromzero.report.events import Evaluated, Event, Finished, Sampled, Saving, Started, StepDone, Warned
 from fromzero.report.jsonlines import EVENTS, read_events
@@ -176,6 +180,56 @@ def test_stopped_after_every_single_step_it_ends_in_the_bits_of_the_unbroken_run
     assert all(torch.equal(tensor, outcome.model.state_dict()[name]) for name, tensor in whole.model.state_dict().items())
     assert [event.step for event in heard if isinstance(event, StepDone)] == list(range(1, 11))
     assert rows(tmp_path / "b") == 1
+
+
+class Draws(nn.Module):
+    """Noise from every generator that a person's own code may draw from, in training and in evaluation"""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        noise = random.gauss(0, 0.1) + float(np.random.randn()) * 0.1  # of a pair of which the second is drawn at the next call
+        return self.layer(x + noise + torch.randn(x.shape) * 0.1)
+
+
+NOISY_LOSS = """
+import random, numpy, torch
+def noisy(outputs, targets):
+    loss = torch.nn.functional.cross_entropy(outputs, targets, reduction="sum")
+    return loss * (1 + random.random() * numpy.random.rand()), torch.tensor(len(targets))
+"""
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 7])
+def test_what_own_code_draws_from_torch_python_and_numpy_goes_on_where_it_stood(stop_at: int, kill: ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "loss.py").write_text(NOISY_LOSS)
+    data = numbers(80, 4)
+    keys = {"name": "r", "task": "classify", "model": Draws(), "loss": f"{tmp_path}/loss.py:noisy", "data": data, "batch": 18, "report": ()}
+    made = fz.plan({**keys, **OFTEN, "evaluate": {"every": 3}}, runs=tmp_path, probe=False)
+    heard: dict[str, dict[int, float]] = {"a": {}, "b": {}}
+
+    def observer(side: str, stop_at: int = 0) -> Callable[[Event], None]:
+        def draw(event: Event) -> None:
+            if isinstance(event, StepDone):
+                heard[side][event.step] = random.random() + np.random.rand()
+                if event.step == stop_at:
+                    raise KeyboardInterrupt
+
+        return draw
+
+    outside = generators.note()
+    run(made, tmp_path / "a", observer("a"))
+    with pytest.raises(KeyboardInterrupt):
+        run(made, tmp_path / "b", observer("b", stop_at))
+    fz.resume("r", runs=tmp_path / "b", model=Draws(), data=data, observers=[observer("b")], quiet=True)
+    assert kill.differences(tmp_path / "b" / "r", tmp_path / "a" / "r") == []
+    ends = [json.loads((tmp_path / side / "r" / "checkpoints" / "step-10" / "progress.json").read_text())["random"] for side in "ab"]
+    assert ends[0] == ends[1] and set(ends[0]) == {"python", "numpy"}
+    assert heard["a"] == heard["b"] and len(heard["a"]) == 10, "observers draw too"
+    assert repr(generators.note()) == repr(outside), "nothing of it shows outside of a run"
 
 
 def test_a_run_that_stops_for_want_of_gain_does_so_at_the_same_step_when_it_was_broken_off_there(kill: ModuleType, tmp_path: Path) -> None:

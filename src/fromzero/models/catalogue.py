@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 import fromzero.models.efficientnet as efficientnet
 import fromzero.models.vit as vit
+from fromzero.devices.generators import lent
 from fromzero.errors import ModelError, did_you_mean
 from fromzero.models.cnn import CNN
 from fromzero.models.decoder_families import DECODERS, decoder_config
@@ -231,7 +231,6 @@ def _call(make: Callable[..., Any], name: str, options: Mapping[str, Any], gives
 
 
 def seeded(seed: int, build: Callable[[], nn.Module]) -> nn.Module:
-    """Build with torch's random state set to `seed`, and put the state back."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    """Build with the random states set to `seed`, and put them back."""
+    with lent(seed):
         return build()

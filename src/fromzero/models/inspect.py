@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from fromzero.devices.generators import lent, seed_all
 from fromzero.errors import ModelError
 from fromzero.models.decoder import Decoder
 from fromzero.models.foreign import Foreign
@@ -180,7 +181,7 @@ class _Watch:
                 self.costs[self._stage][0] += tensor.nbytes
 
         try:
-            with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.enable_grad():
+            with warnings.catch_warnings(), lent(), torch.enable_grad():
                 warnings.simplefilter("ignore")
                 with counter, torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
                     outputs: Any = _call(self.model, inputs)
@@ -268,10 +269,10 @@ def _differs(model: nn.Module, inputs: tuple[Tensor, ...], apart: Sequence[nn.Mo
     model.train()
     for layer in apart:
         layer.eval()
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), torch.no_grad():
+    with warnings.catch_warnings(), lent(), torch.no_grad():
         warnings.simplefilter("ignore")
         results = []
         for seed in (1, 2):
-            torch.manual_seed(seed)
+            seed_all(seed)
             results.append(_call(model, inputs))
     return not torch.equal(results[0][-16:], results[1][-16:])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import inspect
 import operator
-import random
 import traceback
 import warnings
 from dataclasses import dataclass, field
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+
+from fromzero.devices.generators import lent
 
 _NOT_THEIRS = (str(Path(torch.__file__).parent), str(Path(copy.__file__).parent), __file__)
 
@@ -33,15 +34,12 @@ def find_stages(model: nn.Module) -> tuple[tuple[str, ...], str]:
     own: Any = getattr(model, "stages", None)
     if isinstance(own, tuple) and own and {str(name) for name in own} <= {name for name, _ in model.named_modules()}:
         return own, ""
-    drawn = random.getstate()
     try:
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with lent(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             found = {_Trace().chain(copy.deepcopy(model).train(training)) for training in (True, False)}
     except Exception as error:  # a person's code runs on stand-ins: anything can happen
         return (), f"the order of its layers cannot be read off its code: {_place(error)}{str(error).strip().partition(chr(10))[0]}"
-    finally:
-        random.setstate(drawn)
     return found.pop() if len(found) == 1 else ((), "other layers run in training than in evaluation")
 
 

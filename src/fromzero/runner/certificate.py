@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fromzero.data import TextExamples
+from fromzero.devices.generators import seed_all
 from fromzero.errors import ModelError
 from fromzero.planner.values import Certificate, Plan
 from fromzero.runner.assemble import Job
@@ -84,10 +85,10 @@ def _passed(job: Job, plan: Plan, index: Tensor, *, exact: bool = False) -> tupl
     job.plan, job.stepped, job.fed = _reduced(job, plan, index), job.model, job.train
     carry_out(job.model, plan, job.draws)
     if plan.prefix:
-        torch.manual_seed(plan.recipe.seed + 1)  # what stands still may draw nothing
+        seed_all(plan.recipe.seed + 1)  # what stands still may draw nothing
         start_at_cut(job, some_rows(job, index), None)
     set_training(job.model, job.frozen)
-    torch.manual_seed(plan.recipe.seed)  # the same draws, where some are outside of dropout layers
+    seed_all(plan.recipe.seed)  # the same draws, where some are outside of dropout layers
     job.optimizer.zero_grad()
     around = nullcontext if exact else job.judge.around
     total, count = gradients(job.stepped, pieces(job, index, 0), job.judge.loss, around, rows=plan.score_rows)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fromzero.devices import generators
 from fromzero.errors import Fault, SourceError
 from fromzero.runner.assemble import Job
 from fromzero.runner.loop import Best
@@ -33,6 +34,7 @@ from fromzero.weights import check_fit, read_tensors, write_tensors
 
 LATEST = "latest"  # a file with the name of the newest checkpoint; it moves when all bytes of that are on the disk
 WEIGHTS, OPTIMIZER, BEST, PROGRESS = "weights.safetensors", "optimizer.safetensors", "best.safetensors", "progress.json"
+DRAWN = "random."  # in front of the names of torch's random states
 OF_BEST = "best."  # in front of the names in best.safetensors: no name stands twice in a checkpoint, and other readers take all of it
 FIXED = ("task", "model", "head", "freeze", "adapter", "optimizer.name", "precision", "seed")  # keys that say what saved tensors mean
 _STEP, _LEFTOVER = re.compile(r"step-(\d+)(\.aside)?"), re.compile(r"step-\d+\.(tmp|gone)-\d+|\.latest\..*")
@@ -55,7 +57,7 @@ def save(folder: Path, job: Job, progress: Progress, best: Best, *, keep: int, f
     try:
         beside.mkdir(parents=True)
         digests = {name: write_tensors(beside / name, tensors) for name, tensors in files.items()}
-        state = json.dumps({"progress": asdict(progress), "optimizer": numbers}).encode()
+        state = json.dumps({"progress": asdict(progress), **numbers}, default=lambda array: array.tolist()).encode()
         write_whole(beside / PROGRESS, state)
         write_manifest(beside, {**digests, PROGRESS: hashlib.sha256(state).hexdigest()}, {"step": progress.step, **_origin(job, frozen)})
         if target.exists():
@@ -82,16 +84,15 @@ def _bytes_of(files: Mapping[str, Mapping[str, Tensor]]) -> int:
     return sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
 
 
-def _files(job: Job, best: Best) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
-    """The tensors of each file, and what the optimizer holds beside tensors"""
+def _files(job: Job, best: Best) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict[str, Any]]]:
+    """The tensors of each file; what the optimizer and the random states hold beside tensors"""
     tensors, numbers = _flat(job.optimizer)
-    tensors["random.torch"] = torch.get_rng_state()
-    if job.device.type == "cuda":
-        tensors["random.cuda"] = torch.cuda.get_rng_state(job.device)
+    drawn = generators.note(job.device)
+    tensors |= {f"{DRAWN}{name}": drawn.pop(name) for name in ("torch", "cuda") if name in drawn}
     files = {WEIGHTS: moving_state(job.model, job.frozen), OPTIMIZER: tensors}
     if best.weights is not None:
         files[BEST] = {OF_BEST + name: tensor for name, tensor in best.weights.items()}
-    return files, numbers
+    return files, {"optimizer": numbers, "random": drawn}
 
 
 def _origin(job: Job, frozen: str) -> dict[str, Any]:
@@ -188,7 +189,7 @@ def saved_weights(folder: Path) -> tuple[int, dict[str, Tensor]] | None:
 
 
 def restore(step: Path, job: Job, best: Best, *, frozen: str, other_data: bool = False) -> Progress:
-    """Put weights, optimizer state and torch's random state back.
+    """Put weights, optimizer state and the random states back.
 
     other_data: that the data is not what it was is known and accepted
 
@@ -205,9 +206,8 @@ def restore(step: Path, job: Job, best: Best, *, frozen: str, other_data: bool =
     job.model.load_state_dict(weights, strict=False)
     values = json.loads((step / PROGRESS).read_text())
     tensors = read_tensors(step / OPTIMIZER)
-    torch.set_rng_state(tensors.pop("random.torch"))
-    if "random.cuda" in tensors:
-        torch.cuda.set_rng_state(tensors.pop("random.cuda"), job.device)
+    drawn = {name.removeprefix(DRAWN): tensors.pop(name) for name in list(tensors) if name.startswith(DRAWN)}
+    generators.put_back({**drawn, **values.get("random", {})}, job.device)  # fromzero 0.1.0 noted torch's alone
     _unflat(job.optimizer, tensors, values["optimizer"])
     if BEST in manifest["files"]:
         prefix = OF_BEST if manifest["format"] > 1 else ""

@@ -15,6 +15,7 @@ from torch import nn
 
 from fromzero.data import Loaded
 from fromzero.devices import give_back_memory, held_memory, keep_freed_memory, peak_memory
+from fromzero.devices.generators import lent, seed_all
 from fromzero.errors import FromzeroError, Interrupted, NumbersError, SourceError, UserError, out_of_memory
 from fromzero.planner.values import Plan
 from fromzero.report.events import Evaluated, Event, Finished, Planned, Saved, Saving, Started, StepDone, Warned
@@ -60,14 +61,13 @@ def execute(
     raises: Interrupted after saving on Ctrl-C or SIGTERM; NumbersError where the numbers or limits.seconds stop it; UserError for a full disk
     """
     tell = teller(observers, goes_on=plan.recipe.save.full == "go_on")
-    with holding(folder), full_disk(folder), torch.random.fork_rng(devices=[]), spoken_once(tell), signals() as stop:
+    with holding(folder), full_disk(folder), lent(plan.recipe.seed), spoken_once(tell), signals() as stop:
         torch.set_num_threads(plan.threads)
         if plan.keep_memory:
             keep_freed_memory()
         newest, damaged = (None, {}) if going is None else _newest(going)
-        torch.manual_seed(plan.recipe.seed)
         job = assemble(plan, loaded, place)
-        torch.manual_seed(plan.recipe.seed)  # the draws of training do not depend on how the model was built
+        seed_all(plan.recipe.seed)  # the draws of training do not depend on how the model was built
         before = frozen_digest(job.model, job.frozen)
         run = _Run(job, before, folder, tell, stop)
         if newest is not None:

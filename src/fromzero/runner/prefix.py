@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fromzero.data import Examples, KeptExamples, TensorExamples, TextExamples, places
+from fromzero.devices.generators import lent
 from fromzero.errors import ModelError, SourceError
 from fromzero.report import events
 from fromzero.report.events import Event, Warned
@@ -139,7 +140,7 @@ def keep_prefix(job: Job, frozen: str, tell: Callable[[Event], None], heed: Call
     heed:    called between batches; what it raises ends the pass
     """
     path = _file_of(job, frozen)
-    with torch.random.fork_rng(devices=[]):
+    with lent():
         try:
             kept = _found(job, path, tell)
             if kept is None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fromzero.data import Loaded, TextExamples, epoch_order, largest_batch
 from fromzero.devices import forget_peak, give_back_memory, keep_freed_memory, peak_memory
+from fromzero.devices.generators import lent
 from fromzero.errors import ModelError
 from fromzero.planner.cost import STATE, WIDTH, Way, memory, rows_at_once, trained_values
 from fromzero.planner.facts import LARGE
@@ -49,11 +50,10 @@ class Trial:
 
 
 def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
-    """Take a few steps on one batch. torch's random state is put back; the given module is never touched."""
+    """Take a few steps on one batch. The random states are put back; the given module is never touched."""
     began = time.perf_counter()
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with lent(plan.recipe.seed), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the run itself says them once
-        torch.manual_seed(plan.recipe.seed)
         torch.set_num_threads(plan.threads)
         if plan.keep_memory:
             keep_freed_memory()

@@ -5,11 +5,15 @@ Weights and names stay; what is done here is undone by carrying out another plan
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from fromzero.devices import generators
 from fromzero.models import choose_path
 from fromzero.planner.values import Plan
 from fromzero.runner.draws import Draws
@@ -36,9 +40,17 @@ def carry_out(model: nn.Module, plan: Plan, draws: Draws) -> None:
 def run_again(forward, draws, *arguments, **named):  # type: ignore[no-untyped-def]
     """Keep the inputs of a stage alone; its forward pass runs again before its backward pass, with the same random draws.
 
+    Compiled code keeps torch's stream alone.
+
     source: arXiv:1604.06174 section 3; torch.utils.checkpoint, non-reentrant
     """
-    return checkpoint(draws.again(forward), *arguments, use_reentrant=False, preserve_rng_state=True, **named)
+    drawn: dict[str, Any] = {} if torch.compiler.is_compiling() else {"context_fn": partial(_as_before, generators.note())}
+    return checkpoint(draws.again(forward), *arguments, use_reentrant=False, preserve_rng_state=True, **drawn, **named)
+
+
+def _as_before(noted: generators.Noted) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """What surrounds the first pass, and the second"""
+    return nullcontext(), generators.lent(noted)
 
 
 def make_plain(model: nn.Module) -> None:

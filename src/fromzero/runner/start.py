@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fromzero.data import ChatFormat, TextFormat
+from fromzero.devices.generators import lent
 from fromzero.errors import ModelError, did_you_mean
 from fromzero.models import FAMILIES, MODELS, TEXT_MODELS, Blueprint, blueprint_of_config, seeded
 from fromzero.models.foreign import foreign_reads, load_foreign, pixel_scale
@@ -192,8 +192,7 @@ def _build_outside(
         per_token = reads == "text" and any(a.endswith(("ForCausalLM", "LMHeadModel")) for a in config.get("architectures") or ())
     scale = pixel_scale(published.extras.get("preprocessor_config.json", {})) if reads == "image" else {}
     asked: dict[str, Any] = {"config": config, "per_token": per_token, **scale}
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with lent(seed):
         model, misfit = load_foreign(published.tensors, fresh=fresh_head is not None, **asked)
     refuse_misfit(*misfit, file=published.origin)
     return model, Design(str(kind), Blueprint("foreign", str(kind), asked))
