@@ -220,11 +220,17 @@ def train(
         recipe = keys
     elif keys:
         raise RecipeError(f"a recipe and keys were both given ({', '.join(keys)})", mend="put them into the recipe, or leave it out")
+    from fromzero.runner.execute import Outcome
     from fromzero.runner.folder import refuse_unwritable
 
     refuse_unwritable(Path(runs))
-    outcome = _requeued(*_asked(recipe), runs, quiet) if requeue else run(plan(recipe, runs=runs), quiet=quiet)
+    asked, beside = _asked(recipe)
     given = keys.get("model")
+    found = _requeued(asked, beside, runs, quiet=quiet) if requeue else None
+    if found is None:
+        outcome = run(plan(asked, runs=runs, beside=beside), quiet=quiet)
+    else:
+        outcome = found[2] or Outcome(*found[:2], load(f"run:{found[0].name}", runs=runs, model=asked.given[0]))
     if hasattr(given, "load_state_dict") and given is not None:
         ours, theirs = outcome.model.state_dict(), given.state_dict()
         if {n: t.shape for n, t in ours.items()} == {n: t.shape for n, t in theirs.items()}:
@@ -232,21 +238,22 @@ def train(
     return outcome
 
 
-def _requeued(recipe: Recipe, beside: Path | None, runs: str | Path, quiet: bool) -> Outcome:
-    """The run of a recipe, gone on with, begun, or as it ended."""
-    from fromzero.recipe.schema import Given
+def _requeued(
+    recipe: Recipe, beside: Path | None, runs: str | Path, *, quiet: bool = False
+) -> tuple[Path, dict[str, Any], Outcome | None] | None:
+    """The newest run of a recipe, gone on with: its folder, its result, and what came of it, None where it was done; None where there is none."""
     from fromzero.runner.begun import started_from
-    from fromzero.runner.execute import Outcome
     from fromzero.runner.folder import read_result
 
-    found = started_from(recipe, beside or Path(), Path(runs))
-    if found is None:
-        return run(plan(recipe, runs=runs, beside=beside), quiet=quiet)
-    model, data = (source.value if isinstance(source, Given) else None for source in (recipe.model.source, recipe.data.train))
-    result = read_result(found)
+    folder = started_from(recipe, beside or Path(), Path(runs))
+    if folder is None:
+        return None
+    result = read_result(folder)
     if result.get("status") == "done":
-        return Outcome(found, result, load(f"run:{found.name}", runs=runs, model=model))
-    return resume(found.name, runs=runs, model=model, data=data, quiet=quiet)
+        return folder, result, None
+    model, data = recipe.given
+    outcome = resume(folder.name, runs=runs, model=model, data=data, quiet=quiet)
+    return folder, outcome.result, outcome
 
 
 def resume(

@@ -208,8 +208,10 @@ def train(
         from fromzero.runner.folder import refuse_unwritable
 
         refuse_unwritable(Path(runs))
-        if requeue and (found := _requeued(recipe, overrides, runs)) is not None:
-            return found
+        if requeue and (found := fz._requeued(fz.read(recipe, *(overrides or [])), Path(recipe).parent, runs)) is not None:
+            folder, result, outcome = found
+            said = "" if outcome else "nothing was trained: the run of this recipe is done\n"
+            return _Both((said + closing(result, folder, runs), result))
         planned = _planned(recipe, overrides, runs)
         for finding in planned.plan.findings:
             if finding.severity == "warning":
@@ -218,20 +220,6 @@ def train(
         return _Both((closing(outcome.result, outcome.folder, runs), outcome.result))
 
     _answer(work, as_json, debug, str)
-
-
-def _requeued(recipe: str, overrides: list[str] | None, runs: str) -> _Both | None:
-    """What the run of a recipe says in the end, gone on with if it is not done; None where there is none."""
-    from fromzero.runner.begun import started_from
-    from fromzero.runner.folder import read_result
-
-    folder = started_from(fz.read(recipe, *(overrides or [])), Path(recipe).parent, Path(runs))
-    if folder is None:
-        return None
-    result, said = read_result(folder), "nothing was trained: the run of this recipe is done\n"
-    if result.get("status") != "done":
-        result, said = fz.resume(folder.name, runs=runs).result, ""
-    return _Both((said + closing(result, folder, runs), result))
 
 
 @app.command()

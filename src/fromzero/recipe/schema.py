@@ -515,6 +515,12 @@ class Recipe(Section):
         return self
 
     @property
+    def given(self) -> tuple[Any, Any]:
+        """Model and training data that came from Python; None for one that did not"""
+        model, data = (source.value if isinstance(source, Given) else None for source in (self.model.source, self.data.train))
+        return model, data
+
+    @property
     def predicts_tokens(self) -> bool:
         return self.task in TOKEN_TASKS
 

@@ -26,7 +26,7 @@ from fromzero.optim import follows_length, lr_factor
 from fromzero.planner.values import Plan
 from fromzero.recipe.changes import changes, shown
 from fromzero.recipe.read import Written, check, given_again, write
-from fromzero.recipe.schema import Given, OwnLoss, Recipe
+from fromzero.recipe.schema import OwnLoss, Recipe
 from fromzero.report.events import Warned
 from fromzero.runner.assemble import Place
 from fromzero.runner.folder import RESULT, read_result
@@ -288,6 +288,6 @@ def started_from(recipe: Recipe, place: Path, runs: Path) -> Path | None:
 
 def once_more(values: Mapping[str, Any], recipe: Recipe) -> Recipe:
     """A recipe as plan.json holds it, with what was given from Python as another has it.  raises: RecipeError for one of another version"""
-    model, data = (source.value if isinstance(source, Given) else None for source in (recipe.model.source, recipe.data.train))
+    model, data = recipe.given
     held_model, held_data = (str(values.get(key)).count("<given from Python") for key in ("model", "data"))
     return check(Written(given_again(values, model if held_model else None, data if held_data else None)))
