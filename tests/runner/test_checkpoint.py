@@ -131,7 +131,7 @@ def test_what_is_no_finite_number_is_not_saved_and_the_last_good_one_stays(tiny:
         job.save(folder, keep=1)
     name = {"weight": "2.weight", "optimizer": "state.4.exp_avg", "best": "2.weight", "buffer": "0.mask"}[where]
     found = f"{name} is no finite number: 1 of its {places[where].numel()} values are NaN or infinite"
-    said = f"step 3 is not saved: {found}; nothing could go on from it; "
+    said = f"after step 3 {found}; such numbers are neither kept nor saved, and what was saved before is as it was; try "
     assert str(caught.value).startswith(said) and caught.value.code == 3
     assert names(folder) == ["latest", "step-2"] and checkpoint.find(folder) == (good, {})
 

@@ -26,7 +26,7 @@ from fromzero.errors import Fault, SourceError
 from fromzero.runner.assemble import Job
 from fromzero.runner.loop import Best
 from fromzero.runner.manifest import FORMAT, read_manifest, write_manifest, wrong_with
-from fromzero.runner.numbers import refuse_to_save
+from fromzero.runner.numbers import refuse_not_finite
 from fromzero.runner.progress import Progress
 from fromzero.sources.cache import free_disk, sync_folder, write_whole
 from fromzero.tuning import moving_state
@@ -49,7 +49,7 @@ def save(folder: Path, job: Job, progress: Progress, best: Best, *, keep: int, f
     """
     files, numbers = _files(job, best)
     for tensors in (files[WEIGHTS], files[OPTIMIZER], best.weights or {}):
-        refuse_to_save(tensors, job, progress.step)
+        refuse_not_finite(tensors, job, progress.step)
     if 0 < free_disk(folder) < _bytes_of(files):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     target, beside = folder / f"step-{progress.step}", folder / f"step-{progress.step}.tmp-{os.getpid()}"

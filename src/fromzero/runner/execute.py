@@ -28,7 +28,7 @@ from fromzero.runner.begun import Going, go_on_with, refuse_done, refuse_no_way_
 from fromzero.runner.folder import RESULT
 from fromzero.runner.lock import holding
 from fromzero.runner.loop import Best, is_over, train
-from fromzero.runner.numbers import refuse_wrong_weights, wrong_weights
+from fromzero.runner.numbers import refuse_not_finite
 from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.probe_inputs import keep_probe
 from fromzero.runner.progress import Progress
@@ -36,7 +36,7 @@ from fromzero.runner.regions import make_plain
 from fromzero.runner.samples import samples
 from fromzero.runner.saved import write_model
 from fromzero.sources.cache import FULL, free_disk, write_whole
-from fromzero.tuning import frozen_digest
+from fromzero.tuning import frozen_digest, moving_state
 
 SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two checkpoints
 GIVE_BACK_SECONDS = 5.0  # at least between two times that freed memory goes back, for the next step takes it anew
@@ -106,6 +106,7 @@ class _Run:
         self.saved_at, self.saved_step, self.unsaved = time.monotonic(), 0, False
         self.stopped_by: NumbersError | None = None
         self.torn = False  # an update may have been begun and not ended
+        self.spoiled = False  # the last weights are not to be kept
         self.gave_back_at = 0.0
 
     def go_on_from(self, newest: Path, *, other_data: bool) -> None:
@@ -149,17 +150,20 @@ class _Run:
         """The loop's events, until numbers or memory stop it; what cannot be written is raised, and ends the run as it stands."""
         try:
             yield from train(self.job, self.progress, self.best, self._stopping)
-            refuse_wrong_weights(self.job, self.progress.step)
         except NumbersError as error:
             self.stopped_by = error
         except Exception as error:
             if not out_of_memory(error):
                 raise
-            self.torn = True
+            self.torn = self.spoiled = True
             said = f"memory is out after step {self.progress.step} of {self.job.plan.steps}, where nothing can begin anew"
             why = "the last checkpoint is as it was" if self.saved_step else "there was no checkpoint yet"
             mend = f"free some, then fromzero resume {self.folder.name}; or take a smaller batch or model"
             self.stopped_by = NumbersError(said, why=why, mend=mend)
+        try:
+            refuse_not_finite(moving_state(self.job.model, self.job.frozen), self.job, self.progress.step)
+        except NumbersError as error:
+            self.spoiled, self.stopped_by = True, self.stopped_by or error
 
     def _stopping(self) -> bool:
         """Asked when a step and its evaluation are over: what is saved here is all of them, or none."""
@@ -206,7 +210,6 @@ class _Run:
         raises: UserError where it cannot be written, NumbersError where it holds what is no finite number
         """
         asked, step = self.job.plan.recipe.save, self.progress.step
-        refuse_wrong_weights(self.job, step)
         self.tell(Saving(step))
         try:
             path = checkpoint.save(self.folder / "checkpoints", self.job, self.progress, self.best, keep=asked.keep, frozen=self.frozen)
@@ -234,11 +237,8 @@ class _Run:
 
     def last_words(self, status: str) -> None:
         """A run that was stopped is saved where it stands, so that it can go on; where its numbers are spoiled, the last checkpoint stays."""
-        if status != "done" and self.progress.step and self.progress.step != self.saved_step and not self._spoiled():
+        if status != "done" and self.progress.step and self.progress.step != self.saved_step and not self.spoiled:
             self.save(last=True)
-
-    def _spoiled(self) -> bool:
-        return self.torn or bool(wrong_weights(self.job))
 
     def finish(self, status: str) -> dict[str, Any]:
         """Write the model, the row of the ledger, and last the result: a run whose result says done is never gone on with.
@@ -246,7 +246,7 @@ class _Run:
         The model gets the best weights, or the last; where the last are spoiled, those of the newest checkpoint; without one none is written.
         """
         last = {name: tensor.detach() for name, tensor in self.job.model.state_dict().items()}
-        kept, spoiled = self.best.weights or {}, self._spoiled()
+        kept, spoiled = self.best.weights or {}, self.spoiled
         step: int | None = self.progress.best_step if kept else self.progress.step
         if spoiled and not kept:
             step, kept = checkpoint.saved_weights(self.folder / "checkpoints") or (None, {})

@@ -20,7 +20,7 @@ from fromzero.report.events import Evaluated, Event, StepDone, Warned
 from fromzero.runner.again import sure_gradients
 from fromzero.runner.assemble import Job
 from fromzero.runner.before import Before
-from fromzero.runner.numbers import gradient_norm, refuse_wrong_weights, skip_or_stop
+from fromzero.runner.numbers import gradient_norm, refuse_not_finite, skip_or_stop
 from fromzero.runner.pieces import batch_ends
 from fromzero.runner.progress import Progress
 from fromzero.runner.watch import after_evaluation, after_step, begin, watching_relus
@@ -119,8 +119,9 @@ def evaluate_and_keep(job: Job, progress: Progress, best: Best, epoch: int) -> l
     if better:
         progress.best_loss, progress.best_step, progress.without_gain = loss, progress.step, 0
         if job.plan.recipe.evaluate.keep == "best":
-            refuse_wrong_weights(job, progress.step)
-            best.weights = {name: tensor.detach().clone() for name, tensor in moving_state(job.model, job.frozen).items()}
+            moving = moving_state(job.model, job.frozen)
+            refuse_not_finite(moving, job, progress.step)
+            best.weights = {name: tensor.detach().clone() for name, tensor in moving.items()}
     else:
         progress.without_gain += 1
     if better or best.weights is None:

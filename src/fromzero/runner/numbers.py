@@ -30,15 +30,11 @@ def gradient_norm(job: Job) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in job.model.parameters() if p.grad is not None])
 
 
-def wrong_weights(job: Job) -> str:
-    """The first tensor that training moves and that holds NaN or infinity, in words; empty where none does."""
-    return first_not_finite(moving_state(job.model, job.frozen), spared=job.infinite)
-
-
-def refuse_wrong_weights(job: Job, step: int) -> None:
-    """raises: NumbersError naming the tensor"""
-    if wrong := wrong_weights(job):
-        raise NumbersError(f"after step {step} {wrong}", why="such weights are neither kept nor saved", mend=_slower(job))
+def refuse_not_finite(tensors: Mapping[str, Tensor], job: Job, step: int) -> None:
+    """raises: NumbersError naming the first tensor that holds NaN or infinity"""
+    if wrong := first_not_finite(tensors, spared=job.infinite):
+        why = "such numbers are neither kept nor saved, and what was saved before is as it was"
+        raise NumbersError(f"after step {step} {wrong}", why=why, mend=_slower(job))
 
 
 def skip_or_stop(
@@ -60,7 +56,8 @@ def skip_or_stop(
     else:
         what, where = f"the gradient's norm is {float(norm)}", _first_gradient(job)
     before.put_back()
-    spoiled, step, allowed = wrong_weights(job), progress.step + 1, job.plan.recipe.not_finite.skip
+    spoiled = first_not_finite(moving_state(job.model, job.frozen), spared=job.infinite)
+    step, allowed = progress.step + 1, job.plan.recipe.not_finite.skip
     examples = _examples(job, index)
     if not spoiled and progress.skipped < allowed:
         progress.skipped += 1
@@ -73,13 +70,6 @@ def skip_or_stop(
         why="; ".join(part for part in (where, examples, weights, used) if part),
         mend=f"{_slower(job)}, and look at these examples",
     )
-
-
-def refuse_to_save(tensors: Mapping[str, Tensor], job: Job, step: int) -> None:
-    """What is no finite number is not written.  raises: NumbersError naming the first such tensor"""
-    if wrong := first_not_finite(tensors, spared=job.infinite):
-        why = "nothing could go on from it; what was saved before is as it was"
-        raise NumbersError(f"step {step} is not saved: {wrong}", why=why, mend=_slower(job))
 
 
 def _slower(job: Job) -> str:
