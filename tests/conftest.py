@@ -1,5 +1,7 @@
 """What several tests share: real data and real weights, where they are to be had, and a job small enough for hundreds of saves."""
 
+import contextlib
+import io
 import json
 import os
 import random
@@ -8,12 +10,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 import fromzero as fz
+from fromzero.cli import app
 from fromzero.report.events import StepDone
 from fromzero.runner import checkpoint
 from fromzero.runner.assemble import Job, assemble
@@ -117,6 +120,23 @@ def noise(tmp_path: Path) -> dict[str, Any]:
         "limits": {"threads": 1},
         "report": (),
     }
+
+
+class Done(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def fromzero(*arguments: str, cwd: Path) -> Done:
+    """The command, in this process: importing torch anew for each would cost minutes."""
+    out, said, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
+        try:
+            app(list(arguments))
+        except SystemExit as error:
+            code = int(error.code or 0)
+    return Done(code, out.getvalue(), said.getvalue())
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """A preempted job is resumed by the command it was started with: SIGTERM saves and exits 143, the same command goes on, and then is done."""
 
 import contextlib
-import io
 import json
 import os
 import signal
@@ -18,22 +17,12 @@ import yaml
 from torch import nn
 
 import fromzero as fz
-from fromzero.cli import app
 from fromzero.recipe.read import from_values, write
 from fromzero.runner.lock import holding
 from fromzero.sources.cache import digest_of
+from tests.conftest import fromzero as shell
 
 Stop = Callable[..., fz.Planned]
-
-
-def shell(*arguments: str, cwd: Path) -> tuple[int, str, str]:
-    out, said, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
-        try:
-            app(list(arguments))
-        except SystemExit as error:
-            code = int(error.code or 0)
-    return code, out.getvalue(), said.getvalue()
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The command line as a person meets it: what it prints, what it returns, and what it says when something is wrong."""
 
-import contextlib
-import io
 import json
 import os
 import shutil
@@ -9,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,25 +15,7 @@ import torch
 from PIL import Image
 
 import fromzero as fz
-from fromzero.cli import app
-
-
-@dataclass(frozen=True)
-class Done:
-    returncode: int
-    stdout: str
-    stderr: str
-
-
-def fromzero(*arguments: str, cwd: Path) -> Done:
-    """The command, in this process: importing torch anew for each would cost minutes."""
-    out, said, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(said):
-        try:
-            app(list(arguments))
-        except SystemExit as error:
-            code = int(error.code or 0)
-    return Done(code, out.getvalue(), said.getvalue())
+from tests.conftest import fromzero
 
 
 def fromzero_apart(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:

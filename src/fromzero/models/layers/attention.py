@@ -18,8 +18,6 @@ from torch import Tensor, nn
 
 from fromzero.models.layers.documents import Documents, Group
 
-PATHS = ("plain", "documents", "varlen")
-
 
 @dataclass(frozen=True)
 class Bits:
