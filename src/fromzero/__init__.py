@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from fromzero.recipe.schema import SGD, Adam, AdamW, Recipe, RMSProp
     from fromzero.report.events import Event
     from fromzero.runner.assemble import Place
-    from fromzero.runner.begun import Begun
+    from fromzero.runner.begun import Begun, Going
     from fromzero.runner.execute import Outcome
     from fromzero.runner.start import Start
     from fromzero.use.export import Exported
@@ -142,7 +142,7 @@ def plan(
     place = Place(folders, Path(runs), start)
     seen = facts_room.look(recipe, folders, lambda asked, loaded: inspected_model(asked, loaded, place), _reader(start, recipe), Path(runs))
     made = make(recipe, seen.facts)
-    if probe and not any(finding.severity == "error" for finding in made.findings):
+    if probe and not made.errors:
         facts = seen.facts.with_measured(take_trial_steps(made, seen.loaded, place))
         made = make(recipe, facts.with_record(corrections(Path(runs), facts.machine)))
     return Planned(made, seen.loaded, place)
@@ -164,13 +164,7 @@ def _reader(start: Start, recipe: Recipe) -> Reader:
     from fromzero.planner.facts import Reader
 
     return Reader(
-        start.tokenizer,
-        start.context,
-        start.reads_text(recipe),
-        start.published is not None,
-        start.template,
-        start.special,
-        start.stops,
+        start.tokenizer, start.context, start.reads_text(recipe), start.published is not None, start.template, start.special, start.stops
     )
 
 
@@ -182,17 +176,26 @@ def run(planned: Planned, *, observers: Sequence[Callable[[Event], None]] = (), 
     """
     from fromzero.planner.make import refuse
     from fromzero.runner.begun import describe
-    from fromzero.runner.execute import execute
     from fromzero.runner.folder import new_folder
 
     made = refuse(planned.plan)
     folder = new_folder(planned.place.runs, made.recipe.name or "run")
     describe(folder, made, planned.loaded, planned.place)
-    watching = _observers(made, folder, quiet)
+    return _carried_out(planned, folder, observers, quiet)
+
+
+def _carried_out(
+    planned: Planned, folder: Path, observers: Sequence[Callable[[Event], None]], quiet: bool, going: Going | None = None
+) -> Outcome:
+    """A run begun or gone on with, while those whom its recipe names watch."""
+    from fromzero.runner.around import close_all
+    from fromzero.runner.execute import execute
+
+    watching = _observers(planned.plan, folder, quiet)
     try:
-        return execute(made, planned.loaded, planned.place, folder, [*watching, *observers])
+        return execute(planned.plan, planned.loaded, planned.place, folder, [*watching, *observers], going=going)
     finally:
-        _close(watching)
+        close_all(watching)
 
 
 def train(
@@ -274,7 +277,6 @@ def resume(
     raises:               RecipeError naming every key that may not change; DataError naming the rows that have changed
     """
     from fromzero.runner.begun import go_on, read_begun, refuse_done
-    from fromzero.runner.execute import execute
     from fromzero.runner.folder import find_run, refuse_unwritable
 
     folder = find_run(Path(runs), name)
@@ -283,13 +285,8 @@ def resume(
     recipe, changed = _recipe_of(begun, model, data, overrides)
     refuse_done(begun, changed)
     planned = _replan(begun, recipe, Path(runs))
-    made = planned.plan
-    going = go_on(begun, changed, made, planned.loaded, planned.place, accepted=accept_changed_data)
-    watching = _observers(made, folder, quiet)
-    try:
-        return execute(made, planned.loaded, planned.place, folder, [*watching, *observers], going=going)
-    finally:
-        _close(watching)
+    going = go_on(begun, changed, planned.plan, planned.loaded, planned.place, accepted=accept_changed_data)
+    return _carried_out(planned, folder, observers, quiet, going)
 
 
 def _recipe_of(begun: Begun, model: Any, data: Any, overrides: Sequence[str] = ()) -> tuple[Recipe, dict[str, tuple[Any, Any]]]:
@@ -534,9 +531,3 @@ def _observers(made: Plan, folder: Path, quiet: bool) -> list[Any]:
 
         watching.append(Page(folder))  # last: it reads what JsonLines has written when that is closed
     return watching
-
-
-def _close(watching: Sequence[Any]) -> None:
-    from fromzero.runner.around import close_all
-
-    close_all(watching)

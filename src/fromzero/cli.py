@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import sys
@@ -18,6 +17,7 @@ import typer
 
 import fromzero as fz
 from fromzero.errors import FromzeroError, UserError, out_of_memory
+from fromzero.report.jsonlines import nulled
 from fromzero.report.summary import closing
 
 app = typer.Typer(
@@ -51,7 +51,7 @@ def _answer(work: Callable[[], Any], as_json: bool, debug: bool, text: Callable[
     try:
         value = work()
         print(
-            json.dumps(_strict(value[1] if isinstance(value, _Both) else value))
+            json.dumps(nulled(value[1] if isinstance(value, _Both) else value))
             if as_json
             else text(value[0] if isinstance(value, _Both) else value)
         )
@@ -96,15 +96,6 @@ def _fail(error: FromzeroError, as_json: bool, debug: bool) -> None:
     raise SystemExit(error.code)
 
 
-def _strict(value: Any) -> Any:
-    """NaN and infinity are no JSON; they become null."""
-    if isinstance(value, dict):
-        return {str(key): _strict(inner) for key, inner in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
 @app.callback(invoke_without_command=True)
 def _main(version: Annotated[bool, typer.Option("--version", help="print the version")] = False) -> None:
     if version:
@@ -132,8 +123,8 @@ def new(
     _answer(work, as_json, debug, str)
 
 
-def _planned(recipe: str, overrides: list[str] | None, runs: str) -> fz.Planned:
-    return fz.plan(fz.read(recipe, *(overrides or [])), runs=runs, beside=Path(recipe).parent)
+def _planned(recipe: str, overrides: list[str] | None, runs: str, *, probe: bool = True) -> fz.Planned:
+    return fz.plan(fz.read(recipe, *(overrides or [])), runs=runs, probe=probe, beside=Path(recipe).parent)
 
 
 @app.command()
@@ -154,7 +145,7 @@ def plan(
             both, refused = _compared((recipe, compare), overrides, runs)
             return both
         planned = _planned(recipe, overrides, runs)
-        if any(finding.severity == "error" for finding in planned.plan.findings):
+        if planned.plan.errors:
             if not as_json:
                 print(planned)
             from fromzero.planner.make import refuse
@@ -180,7 +171,7 @@ def _compared(recipes: tuple[str, str], overrides: list[str] | None, runs: str) 
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as apart:
         other = apart.submit(_plan_alone, recipes[1], overrides, runs).result()
     this = _plan_alone(recipes[0], overrides, runs)
-    errors = [(name, f) for name, made in zip(recipes, (this, other), strict=True) for f in made.findings if f.severity == "error"]
+    errors = [(name, finding) for name, made in zip(recipes, (this, other), strict=True) for finding in made.errors]
     for name, finding in errors:
         print(f"{name} would be refused: {finding}", file=sys.stderr)
     found = {"this": this.as_json(), "other": other.as_json(), "differences": [asdict(row) for row in differences(this, other)]}
@@ -480,8 +471,7 @@ def data(
     def work() -> Any:
         from fromzero.use.examples import show_examples
 
-        planned = fz.plan(fz.read(recipe, *(overrides or [])), runs=runs, probe=False, beside=Path(recipe).parent)
-        return _Both(show_examples(planned.loaded, examples))
+        return _Both(show_examples(_planned(recipe, overrides, runs, probe=False).loaded, examples))
 
     _answer(work, as_json, debug, str)
 

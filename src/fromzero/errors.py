@@ -53,16 +53,7 @@ class FromzeroError(Exception):
 
     code = 1
 
-    def __init__(
-        self,
-        what: str | Sequence[Fault],
-        *,
-        why: str = "",
-        mend: str = "",
-        file: str = "",
-        line: int = 0,
-        key: str = "",
-    ) -> None:
+    def __init__(self, what: str | Sequence[Fault], *, why: str = "", mend: str = "", file: str = "", line: int = 0, key: str = "") -> None:
         if isinstance(what, str):
             self.faults: tuple[Fault, ...] = (Fault(what, why, mend, file, line, key),)
         else:
@@ -71,11 +62,7 @@ class FromzeroError(Exception):
 
     def as_json(self) -> dict[str, object]:
         """What `--json` prints for this error."""
-        return {
-            "error": type(self).__name__,
-            "code": self.code,
-            "faults": [asdict(fault) for fault in self.faults],
-        }
+        return {"error": type(self).__name__, "code": self.code, "faults": [asdict(fault) for fault in self.faults]}
 
 
 class UserError(FromzeroError):
@@ -121,6 +108,15 @@ _NO_MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "Cannot all
 def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, as Python, torch on a CPU or a GPU, or the system says it."""
     return isinstance(error, MemoryError) or (isinstance(error, (RuntimeError, OSError)) and any(said in str(error) for said in _NO_MEMORY))
+
+
+def first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+def listed(names: Sequence[object], most: int) -> str:
+    """The first ones, and whether there are more."""
+    return ", ".join(map(str, names[:most])) + (" …" if len(names) > most else "")
 
 
 def nearest(word: str, known: Iterable[str], *, count: int = 1) -> list[str]:

@@ -22,14 +22,7 @@ from fromzero.data.conversations import ChatFacts
 from fromzero.data.examples import Examples, TensorExamples
 from fromzero.data.images import ImageFormat, printable
 from fromzero.data.opening import Request, open_source
-from fromzero.data.sources import (
-    ImageRows,
-    InputFormat,
-    ItemRows,
-    RowSource,
-    TableRows,
-    refuse_other_kind,
-)
+from fromzero.data.sources import ImageRows, InputFormat, ItemRows, RowSource, TableRows, refuse_other_kind
 from fromzero.data.split import hold_out, sample
 from fromzero.data.text import TextExamples, TextFacts, TextFormat, TextRows
 from fromzero.errors import DataError

@@ -164,7 +164,7 @@ class _Watch:
             self._counted, self._stage = total, stage
             self.costs[stage][1] += sum(a.nbytes for a in arguments if isinstance(a, Tensor)) if stage else 0
 
-        handles = [m.register_forward_pre_hook(self._note(n, _counts(inputs))) for n, m in self._leaves.items()]
+        handles = [m.register_forward_pre_hook(self._note(n, row_counts(inputs))) for n, m in self._leaves.items()]
         for stage in self.costs:
             if stage:
                 handles.append(modules[stage].register_forward_pre_hook(lambda _, given, stage=stage: enter(stage, given)))
@@ -214,7 +214,7 @@ class _Watch:
         return hook
 
     def _see(self, name: str, inputs: tuple[Tensor, ...]) -> Any:
-        samples, tokens = _counts(inputs)
+        samples, tokens = row_counts(inputs)
 
         def hook(_: nn.Module, arguments: tuple[Any, ...]) -> None:
             first = arguments[0] if arguments else None
@@ -224,7 +224,7 @@ class _Watch:
         return hook
 
 
-def _counts(inputs: tuple[Tensor, ...]) -> tuple[int, int]:
+def row_counts(inputs: tuple[Tensor, ...]) -> tuple[int, int]:
     """How many samples and how many tokens; -1 where there are none"""
     return (len(inputs[1]) - 1, len(inputs[0])) if len(inputs) == 2 else (len(inputs[0]), -1)
 

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from fromzero.devices.generators import lent
+from fromzero.errors import first_line
 
 _NOT_THEIRS = (str(Path(torch.__file__).parent), str(Path(copy.__file__).parent), __file__)
 
@@ -39,7 +40,7 @@ def find_stages(model: nn.Module) -> tuple[tuple[str, ...], str]:
             warnings.simplefilter("ignore")
             found = {_Trace().chain(copy.deepcopy(model).train(training)) for training in (True, False)}
     except Exception as error:  # a person's code runs on stand-ins: anything can happen
-        return (), f"the order of its layers cannot be read off its code: {_place(error)}{str(error).strip().partition(chr(10))[0]}"
+        return (), f"the order of its layers cannot be read off its code: {_place(error)}{first_line(error)}"
     return found.pop() if len(found) == 1 else ((), "other layers run in training than in evaluation")
 
 

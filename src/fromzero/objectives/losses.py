@@ -41,12 +41,7 @@ def cross_entropy(
     weights = None if class_weights is None else class_weights.to(logits.dtype)
     targets = targets.to(logits.dtype) if targets.is_floating_point() else targets.long()
     nats = F.cross_entropy(
-        logits,
-        targets,
-        weight=weights,
-        ignore_index=_NO_TARGET_IS_SKIPPED,
-        reduction="sum",
-        label_smoothing=label_smoothing,
+        logits, targets, weight=weights, ignore_index=_NO_TARGET_IS_SKIPPED, reduction="sum", label_smoothing=label_smoothing
     )
     if weights is None:
         return nats, _count(outputs, outputs.numel() // outputs.shape[1])

@@ -116,10 +116,7 @@ class _Hits(torchmetrics.Metric):
         f1 = 2 * self.right.double() / seen.clamp(min=1)
         counted = f1 if self.labels else f1[seen > 0]
         nothing = self.total == 0
-        return {
-            "accuracy": self.agreed.double() / self.total,
-            "macro_f1": counted.mean().masked_fill(nothing, torch.nan),
-        }
+        return {"accuracy": self.agreed.double() / self.total, "macro_f1": counted.mean().masked_fill(nothing, torch.nan)}
 
     def _named(self, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Classes named and asked for: (B,) int64, or (B, K) bool where there are several labels."""

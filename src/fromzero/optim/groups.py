@@ -11,11 +11,7 @@ from torch.nn import Parameter
 from fromzero.errors import Fault, RecipeError, nearest
 
 
-def parameter_groups(
-    named_parameters: Iterable[tuple[str, Parameter]],
-    lr: float,
-    lr_scale: Mapping[str, float],
-) -> list[dict[str, Any]]:
+def parameter_groups(named_parameters: Iterable[tuple[str, Parameter]], lr: float, lr_scale: Mapping[str, float]) -> list[dict[str, Any]]:
     """One group for each distinct multiplier, in the order in which the parameters first need it.
 
     The first glob that matches decides; a glob matches a parameter by its name or by that of a module around it

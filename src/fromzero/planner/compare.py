@@ -81,12 +81,7 @@ def _flat(values: Mapping[str, Any], path: str) -> Iterator[tuple[str, Any]]:
 
 def _facts(plan: Plan) -> dict[str, Any]:
     data, model = plan.facts.data, plan.facts.model
-    return {
-        "data": data.digest,
-        "training examples": data.train,
-        "validation examples": data.validation,
-        "parameters": model.parameters,
-    }
+    return {"data": data.digest, "training examples": data.train, "validation examples": data.validation, "parameters": model.parameters}
 
 
 def _choices(plan: Plan) -> dict[str, Any]:
@@ -99,7 +94,7 @@ def _plan(plan: Plan) -> dict[str, Any]:
         "steps an epoch": plan.steps_per_epoch,
         "trainable parameters": plan.trainable_parameters,
         "grade": plan.grade,
-        "refused": any(finding.severity == "error" for finding in plan.findings),
+        "refused": bool(plan.errors),
     }
 
 

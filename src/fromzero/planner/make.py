@@ -136,9 +136,8 @@ def _no_disk(facts: Facts, needed: int) -> Iterator[Finding]:
 
 def refuse(plan: Plan) -> Plan:
     """The plan itself, or PlanRefused with every finding that forbids the run."""
-    errors = [Fault(f.what, f.why, f.mend) for f in plan.findings if f.severity == "error"]
-    if errors:
-        raise PlanRefused(errors)
+    if plan.errors:
+        raise PlanRefused([Fault(found.what, found.why, found.mend) for found in plan.errors])
     return plan
 
 

@@ -225,6 +225,11 @@ class Plan:
         return self.steps / self.steps_per_epoch
 
     @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that forbid the run"""
+        return tuple(finding for finding in self.findings if finding.severity == "error")
+
+    @property
     def fast_ways(self) -> tuple[str, ...]:
         """The choices that another plan might do without: what the certificate switches off one by one to find a culprit."""
         taken = {

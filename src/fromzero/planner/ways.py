@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from fromzero.errors import listed
 from fromzero.planner.cost import (
     JUDGED,
     WIDTH,
@@ -168,7 +169,7 @@ def _said(recipe: Recipe, facts: Facts, batch: int, whole: int, way: Way, *, lim
     again = Choice(
         "checkpointing",
         f"{len(stages)} stages",
-        f"only what they read is kept ({', '.join(stages[:4])}{' …' if len(stages) > 4 else ''}), and they run again",
+        f"only what they read is kept ({listed(stages, 4)}), and they run again",
         f"+{share_again(facts, stages):.0%} of forward and backward",
     )
     return Chosen(way, samples, tokens, (choice, *([again] if stages else [])))

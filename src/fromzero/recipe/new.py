@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from fromzero.errors import listed
+
 
 class Description(Protocol):
     """What the data room saw (fromzero.data.describe)."""
@@ -57,11 +59,7 @@ def first_recipe(seen: Description, *, model: str | None = None) -> str:
         "# Look at it with `fromzero plan`, then `fromzero train`.",
         *_line("name", name, ""),
         *_line("task", seen.task, seen.why.get("task", "as asked")),
-        *_line(
-            "model",
-            model or chosen,
-            "as asked" if model else because,
-        ),
+        *_line("model", model or chosen, "as asked" if model else because),
         *(["head: new  # the model brings none for these answers", "freeze: body"] if (model or chosen) == "minilm-l6" else []),
         "data:",
         *_line("  train", _quoted(seen.source), ""),
@@ -87,10 +85,7 @@ def first_recipe(seen: Description, *, model: str | None = None) -> str:
         lines += _line("  scale_target", "standard", "learn in standard deviations; figures are in the data's own units")
     if seen.classes:
         lines += textwrap.wrap(
-            f"{len(seen.classes)} classes: {', '.join(seen.classes[:12])}{' …' if len(seen.classes) > 12 else ''}",
-            76,
-            initial_indent="# ",
-            subsequent_indent="#   ",
+            f"{len(seen.classes)} classes: {listed(seen.classes, 12)}", 76, initial_indent="# ", subsequent_indent="#   "
         )
     lines += _line("optimizer", "{name: adamw, lr: 1e-3}", "the plan says if the loss rises with it")
     lines += _line("batch", batch, "samples per step")

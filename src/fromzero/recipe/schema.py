@@ -253,10 +253,7 @@ class OwnLoss(Section):
     function: Source = Field(description="FILE.py:FUNCTION taking (outputs, targets) and returning (sum, count)")
 
 
-Loss = Annotated[
-    CrossEntropy | BinaryCrossEntropy | SquaredError | AbsoluteError | Huber | OwnLoss,
-    Field(discriminator="name"),
-]
+Loss = Annotated[CrossEntropy | BinaryCrossEntropy | SquaredError | AbsoluteError | Huber | OwnLoss, Field(discriminator="name")]
 
 
 class Optimizer(Section):

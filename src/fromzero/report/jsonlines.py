@@ -100,15 +100,16 @@ def _line(value: dict[str, Any]) -> str:
     try:
         return _STRICT.encode(value) + "\n"
     except ValueError:  # NaN or infinity, rare: JSON has neither
-        return _STRICT.encode(_nulled(value)) + "\n"
+        return _STRICT.encode(nulled(value)) + "\n"
 
 
-def _nulled(value: Any) -> Any:
+def nulled(value: Any) -> Any:
+    """The same with null in the place of NaN and infinity, which are no JSON."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _nulled(inner) for key, inner in value.items()}
-    return [_nulled(inner) for inner in value] if isinstance(value, list | tuple) else value
+        return {key: nulled(inner) for key, inner in value.items()}
+    return [nulled(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from fromzero.data import TextExamples
-from fromzero.errors import NumbersError, out_of_memory
+from fromzero.errors import NumbersError, first_line, out_of_memory
 from fromzero.planner.values import Plan
 from fromzero.planner.ways import may_run_again
 from fromzero.runner.assemble import Job
@@ -34,7 +34,7 @@ def sure_gradients(job: Job, index: Tensor, epoch: int, before: Before) -> tuple
             full = out_of_memory(error)
             if not full and not job.plan.compiled:
                 raise
-            failed = f"compiled code fails ({type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]})"
+            failed = f"compiled code fails ({type(error).__name__}: {first_line(error)[:120]})"
         job.optimizer.zero_grad()  # after the error is gone, and with it what its frames held
         before.put_back()
         job.plan = _smaller(job.plan, job.train, index) if full else job.plan.without("compile")

@@ -29,7 +29,7 @@ from fromzero.recipe.read import Written, check, given_again, write
 from fromzero.recipe.schema import OwnLoss, Recipe
 from fromzero.report.events import Warned
 from fromzero.runner.assemble import Place
-from fromzero.runner.folder import RESULT, read_result
+from fromzero.runner.folder import RESULT, read_result, saved_steps
 from fromzero.runner.lock import held
 from fromzero.runner.progress import Progress
 from fromzero.sources.cache import digest_of, write_whole
@@ -275,8 +275,7 @@ def started_from(recipe: Recipe, place: Path, runs: Path) -> Path | None:
     """
     found: list[tuple[float, Path]] = []
     for folder in runs.iterdir() if runs.is_dir() else []:
-        checkpoints = [path for path in (folder / "checkpoints").glob("step-*") if path.suffix == ""]
-        if checkpoints or read_result(folder).get("status") == "done":
+        if saved_steps(folder) or read_result(folder).get("status") == "done":
             try:
                 begun = read_begun(folder)
                 if begun.place == place.resolve() and not changes(once_more(begun.begun, recipe), recipe) and not held(folder):

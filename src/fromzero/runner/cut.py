@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fromzero.data import Inputs
 from fromzero.errors import ModelError
 from fromzero.models import Decoder
+from fromzero.models.inspect import row_counts
 
 Forward = Callable[..., Any]
 
@@ -102,7 +103,7 @@ def begin_at(model: nn.Module, cut: str, inputs: Inputs) -> Tail:
 
 
 def _answer(given: Any, inputs: Inputs) -> Answer | None:
-    samples, tokens = _counts(inputs)
+    samples, tokens = row_counts(inputs)
     if not isinstance(given, Tensor) or not given.ndim or len(given) not in (samples, tokens):
         return None
     return Answer(len(given) == tokens, tuple(given.shape[1:]), given.dtype)
@@ -112,14 +113,9 @@ def _learns(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 
-def _counts(inputs: Inputs) -> tuple[int, int]:
-    """How many samples and how many tokens; a batch of text is tokens and offsets"""
-    return (len(inputs[1]) - 1, len(inputs[0])) if len(inputs) == 2 else (len(inputs[0]), -1)
-
-
 def _stand_in(module: nn.Module, answers: Sequence[Answer | None], inputs: Inputs) -> Forward:
     """What answers without computing. A module without parameters that is given real values runs as ever: it stands beside the chain."""
-    own, left, (samples, tokens) = module.forward, iter(answers), _counts(inputs)
+    own, left, (samples, tokens) = module.forward, iter(answers), row_counts(inputs)
     learns = _learns(module)
 
     def forward(*given: Any, **named: Any) -> Any:

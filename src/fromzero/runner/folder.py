@@ -45,9 +45,18 @@ def find_run(runs: Path, name: str) -> Path:
     for folder in (runs / short, Path(short)):
         if (folder / "recipe.yaml").is_file() and short not in ("", ".", ".."):
             return folder
-    there = [p.name for p in sorted(runs.iterdir()) if (p / "recipe.yaml").is_file()] if runs.is_dir() else []
-    mend = did_you_mean(short, there) or (f"the runs are {', '.join(there[-8:])}" if there else "fromzero train RECIPE makes one")
-    raise SourceError(f"there is no run '{short}' in {runs}", mend=mend)
+    raise no_run(runs, short)
+
+
+def no_run(runs: Path, name: str, *, key: str = "") -> SourceError:
+    """That there is none of this name, and which there are."""
+    there = sorted(folder.name for folder in _run_folders(runs))
+    mend = did_you_mean(name, there) or (f"the runs are {', '.join(there[-8:])}" if there else "fromzero train RECIPE makes one")
+    return SourceError(f"there is no run '{name}' in {runs}", mend=mend, key=key)
+
+
+def _run_folders(runs: Path) -> list[Path]:
+    return [folder for folder in runs.iterdir() if (folder / "recipe.yaml").is_file()] if runs.is_dir() else []
 
 
 def read_result(folder: Path) -> dict[str, Any]:
@@ -59,16 +68,19 @@ def read_result(folder: Path) -> dict[str, Any]:
     return result if isinstance(result, dict) else {}
 
 
+def saved_steps(folder: Path) -> list[int]:
+    """After which steps a run was saved; whether the checkpoints are whole is not looked at."""
+    names = [path.name.removeprefix("step-") for path in (folder / "checkpoints").glob("step-*")]
+    return [int(name) for name in names if name.isdigit()]
+
+
 def list_runs(runs: Path) -> list[dict[str, Any]]:
     """One row a run, oldest first: what its result says, or how far it came."""
     rows = []
-    for folder in runs.iterdir() if runs.is_dir() else []:
-        if not (folder / "recipe.yaml").is_file():
-            continue
+    for folder in _run_folders(runs):
         row: dict[str, Any] = {"run": folder.name, "status": "unfinished", "task": "", "steps": 0, "seconds": None, "validation": {}}
         row |= (result := read_result(folder))
         if not result:
-            steps = [int(p.name.removeprefix("step-")) for p in (folder / "checkpoints").glob("step-*") if p.suffix == ""]
-            row["steps"] = max(steps, default=0)
+            row["steps"] = max(saved_steps(folder), default=0)
         rows.append({**row, "created": (folder / "recipe.yaml").stat().st_mtime})
     return sorted(rows, key=lambda row: (row["created"], row["run"]))

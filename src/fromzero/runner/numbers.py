@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fromzero.errors import NumbersError
+from fromzero.errors import NumbersError, listed
 from fromzero.report.events import Warned
 from fromzero.runner.assemble import Job
 from fromzero.runner.before import Before
@@ -80,8 +80,7 @@ def _slower(job: Job) -> str:
 def _examples(job: Job, index: Tensor) -> str:
     """Those with an input that is no finite number; else the first of the batch."""
     wrong = [number for number in index.tolist() if not all(map(_finite, job.train.take(torch.tensor([number]))[0]))]
-    named = ", ".join(map(str, (wrong or index.tolist())[:SHOWN])) + (" …" if len(wrong or index) > SHOWN else "")
-    return f"training examples [{named}]" + (" hold inputs that are no finite numbers" if wrong else "")
+    return f"training examples [{listed(wrong or index.tolist(), SHOWN)}]" + (" hold inputs that are no finite numbers" if wrong else "")
 
 
 def _first_gradient(job: Job) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fromzero.data import Examples, KeptExamples, TensorExamples, TextExamples, places
 from fromzero.devices.generators import lent
-from fromzero.errors import ModelError, SourceError
+from fromzero.errors import ModelError, SourceError, first_line
 from fromzero.report import events
 from fromzero.report.events import Event, Warned
 from fromzero.runner.assemble import Job
@@ -105,7 +105,7 @@ def start_at_cut(job: Job, train: Tensor, validation: Tensor | None) -> None:
         except ModelError:
             raise
         except Exception as error:  # a person's code meets tensors without values: anything can happen
-            raise ModelError(f"it cannot begin at '{job.plan.prefix}': {str(error).strip().partition(chr(10))[0]}") from error
+            raise ModelError(f"it cannot begin at '{job.plan.prefix}': {first_line(error)}") from error
         finally:
             set_training(job.model, job.frozen)
     if plain.shape != other.shape or (apart := _apart(other, plain)) > DIFFERENCE[job.plan.precision]:

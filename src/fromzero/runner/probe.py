@@ -14,7 +14,7 @@ from torch import Tensor
 from fromzero.data import Loaded, TextExamples, epoch_order, largest_batch
 from fromzero.devices import forget_peak, give_back_memory, keep_freed_memory, peak_memory
 from fromzero.devices.generators import lent
-from fromzero.errors import ModelError
+from fromzero.errors import ModelError, first_line
 from fromzero.planner.cost import STATE, WIDTH, Way, memory, rows_at_once, trained_values
 from fromzero.planner.facts import LARGE
 from fromzero.planner.values import Measured, Plan
@@ -65,7 +65,7 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         except Exception as error:
             if not plan.compiled:
                 raise
-            failed = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:80]}"
+            failed = f"{type(error).__name__}: {first_line(error)[:80]}"
             return replace(probe(plan.without("compile"), loaded, place), no_compile=failed)
         del job
         if plan.facts.model.parameter_bytes > LARGE:

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from fromzero.data import ChatFormat, Classes, ImageFormat, Numbers, Preparation, Soft, TextFormat
 from fromzero.data.columns import Columns
 from fromzero.data.sources import ArrayFormat
-from fromzero.errors import ModelError, NumbersError, SourceError, did_you_mean
+from fromzero.errors import ModelError, NumbersError, SourceError
 from fromzero.models import FAMILIES, Blueprint, Family, seeded
 from fromzero.models.families import TensorMap
+from fromzero.runner.folder import no_run
 from fromzero.sources.cache import write_whole
 from fromzero.tuning import add_adapters, merge_adapters, new_head, tensors_digest
 from fromzero.weights import check_fit, open_pretrained, read_tensors, to_ours, to_theirs, tokenizer_files, write_folder, write_tensors
@@ -308,9 +309,7 @@ def find_model(source: str, runs: Path) -> Path:
         name = source.removeprefix("run:")
         folder = runs / name
         if not folder.is_dir() or "/" in name or name in ("", ".", ".."):
-            there = sorted(p.name for p in runs.iterdir() if (p / "recipe.yaml").exists()) if runs.is_dir() else []
-            mend = did_you_mean(name, there) or (f"the runs are {', '.join(there[-8:])}" if there else "fromzero train RECIPE makes one")
-            raise SourceError(f"there is no run '{name}' in {runs}", mend=mend, key="model")
+            raise no_run(runs, name, key="model")
         if not (folder / "model" / "model.json").exists():
             raise SourceError(f"run '{name}' has not saved a model yet", mend=f"fromzero resume {name}", key="model")
         return folder / "model"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fromzero.errors import listed
 from fromzero.report.events import Warned
 from fromzero.runner.assemble import Job
 from fromzero.runner.progress import Level, Progress
@@ -55,7 +56,7 @@ def after_evaluation(job: Job, progress: Progress, loss: float, dead: list[str])
     watched, keep = progress.watched, job.plan.recipe.evaluate.keep
     if new := [name for name in dead if _new(progress, f"dead {name}")]:
         said = "gives" if len(new) == 1 else "give"
-        what = f"{_few(new)} {said} 0 for every validation example at step {progress.step}: no gradient passes a dead ReLU"
+        what = f"{listed(new, SHOWN)} {said} 0 for every validation example at step {progress.step}: no gradient passes a dead ReLU"
         yield Warned(what, f"try optimizer.lr={job.plan.recipe.optimizer.lr / 10:g}, inputs scaled to about 1, or LeakyReLU there")
     train = progress.train_loss if progress.train_loss is not None else float("nan")
     apart = bool(watched.judged) and loss > watched.judged[0] and train < watched.judged[1]
@@ -126,13 +127,9 @@ def _unmoved(job: Job, progress: Progress) -> Iterator[Warned]:
     still = [name for name, bits in first.items() if _bits(parameters[name]) == bits]
     if still:
         steps = progress.step - progress.skipped
-        what = f"{len(still)} of {len(first)} tensors that should learn have not moved after {steps} steps: {_few(still)}"
+        what = f"{len(still)} of {len(first)} tensors that should learn have not moved after {steps} steps: {listed(still, SHOWN)}"
         yield Warned(what, "no gradient reaches them, or their learning rate is too small for their type")
     progress.watched.first = {}
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (" …" if len(names) > SHOWN else "")
 
 
 def _bits(tensor: Tensor) -> int:
