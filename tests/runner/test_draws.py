@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fromzero as fz
+from fromzero.runner import execute
 from fromzero.runner.draws import Draws
 from fromzero.runner.regions import make_plain
 
@@ -255,3 +256,12 @@ def test_the_module_that_comes_back_from_a_run_is_plain_again(tmp_path: Path) ->
     keys = {"task": "classify", "data": {"train": table()}, "batch": 16, "steps": 2, "report": ()}
     outcome = fz.train(model=Shared(), runs=tmp_path, quiet=True, **{k: v for k, v in keys.items() if k != "task"})
     assert "forward" not in vars(outcome.model.drop)
+
+
+def test_what_is_kept_beside_a_model_is_said_by_its_plain_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code met lengths there for which it was not made, and a run that had ended well failed."""
+    seen: list[bool] = []
+    monkeypatch.setattr(execute, "keep_probe", lambda folder, job: seen.append("forward" in vars(job.model.drop)))
+    keys = {"data": {"train": table()}, "batch": 16, "steps": 2, "report": ()}
+    fz.train(model=Shared(), runs=tmp_path, quiet=True, **keys)
+    assert seen == [False]

@@ -90,10 +90,10 @@ def execute(
         if status == "done":  # what only further steps would need makes room for what is written
             job.optimizer.zero_grad()
             job.optimizer.state.clear()
+        make_plain(job.model)  # what it is saved with is what it says by itself, and needs no code compiled for other lengths
         result = run.finish(status)
     if error is not None:
         raise error
-    make_plain(job.model)
     return Outcome(folder, result, job.model.eval())
 
 
