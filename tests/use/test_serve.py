@@ -24,7 +24,7 @@ from fromzero.data import tokens as tk
 from fromzero.models.scores import scores_at
 from fromzero.models.together import Batch, Made
 from tests.use.conftest import BLUE, FRANCE, JAPAN, PARIS, SKY, TEMPLATE, TOKYO, turns
-from tests.use.serving import HI, in_process, random_talker, trained_predictors
+from tests.use.serving import HI, in_process, random_encoder, random_talker, trained_predictors
 from tests.use.test_commands import fromzero
 
 from fromzero.use.serve.asked import Chat, check  # isort: skip
@@ -379,15 +379,7 @@ def test_classes_come_with_their_probabilities_for_tables_texts_and_images(runs:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
-
-    folder = tmp_path_factory.mktemp("encoders") / "bert"
-    tokenizer = tk.byte_pairs(["some words of a text"], 280)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
-    torch.manual_seed(0)
-    transformers.BertModel(transformers.BertConfig(vocab_size=tk.vocabulary_size(tokenizer), **shape)).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(tokenizer)
-    return folder
+    return random_encoder(tmp_path_factory.mktemp("encoders") / "bert")
 
 
 def test_an_encoder_gives_the_vectors_of_texts_as_numbers_and_as_openai_packs_them(encoder: Path) -> None:
