@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import struct
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -186,6 +187,25 @@ def test_tools_go_through_the_template_and_calls_are_looked_for_only_in_its_own_
         assert told["usage"]["prompt_tokens"] > plain["usage"]["prompt_tokens"] + 20
         none = {**asked(SKY, max_tokens=4), "model": "caller", "tools": [tool], "tool_choice": "none"}
         assert caller.post("/v1/chat/completions", json=none).json()["usage"] == plain["usage"]
+
+
+def test_one_child_renders_for_all_requests_and_a_new_one_after_a_request_that_it_did_not_survive(
+    talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(talker, tmp_path / "talker")
+    card = tmp_path / "talker" / "tokenizer_config.json"
+    wild = "{% if messages[0].content == 'wild' %}{{ (messages | length * 10) ** (10 ** 10) }}{% endif %}"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "chat_template": wild + TEMPLATE}))
+    started, popen = [], subprocess.Popen
+    with in_process(str(tmp_path / "talker")) as client:
+        monkeypatch.setattr(subprocess, "Popen", lambda *given, **named: started.append(given) or popen(*given, **named))  # type: ignore[func-returns-value]
+        for _ in range(3):
+            assert client.post("/v1/chat/completions", json=asked(SKY)).json()["choices"][0]["message"]["content"] == BLUE
+        assert len(started) == 1
+        refused = client.post("/v1/chat/completions", json=asked("wild"))
+        assert refused.status_code == 400 and "is still computing after 1 s" in refused.json()["error"]["message"]
+        assert client.post("/v1/chat/completions", json=asked(SKY)).json()["choices"][0]["message"]["content"] == BLUE
+        assert len(started) == 3, "the request that ended the first was given to a second, and the next to a third"
 
 
 def test_answers_of_many_at_once_are_those_of_each_alone_and_share_steps(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
