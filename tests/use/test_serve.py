@@ -29,9 +29,10 @@ from tests.use.serving import HI, in_process, random_encoder, random_talker, tra
 from tests.use.test_commands import fromzero
 
 from fromzero.use.serve.asked import Chat, check  # isort: skip
-from fromzero.use.serve.choices import CALL, Choice, Cut, read_calls  # isort: skip
+from fromzero.use.serve.choices import CALL, Choice, read_calls  # isort: skip
 from fromzero.use.serve import limits  # isort: skip
 from fromzero.use.speak import open_speaker  # isort: skip
+from fromzero.use.spelling import Cut  # isort: skip
 
 KEY = b"sk-0123456789abcdefg"
 
