@@ -123,7 +123,7 @@ class Server:
         self.log = cwd / f"server-{time.monotonic_ns()}.log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=cwd)
-        until = time.monotonic() + 60
+        until = time.monotonic() + 180  # on a machine that others use too
         while not (found := re.search(r"at http://127.0.0.1:(\d+)", self.said())):
             assert self.process.poll() is None and time.monotonic() < until, self.said()
             time.sleep(0.05)
