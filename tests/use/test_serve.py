@@ -288,6 +288,15 @@ def test_a_wrong_field_is_named_with_what_is_wrong(client: Any, more: dict[str, 
     assert len(answer.text) < 1000 and "/tmp" not in answer.text and set(error) == {"message", "type", "param", "code"}
 
 
+def test_a_number_is_whole_however_it_is_written(client: Any) -> None:
+    """As JSON Schema has it, 2.0 is an integer; some clients have no other numbers"""
+    whole, written = (
+        client.post("/v1/chat/completions", json=asked(SKY, max_tokens=kind(2), seed=kind(1), n=kind(1))).json()["choices"]
+        for kind in (int, float)
+    )
+    assert whole == written
+
+
 @pytest.mark.parametrize(
     ("prompt", "said"),
     [("", "is empty"), ([], "is empty"), ([[]], "is empty"), ({"a": 1}, "a list of token ids"), ([1, "a"], "a list of token ids"),
