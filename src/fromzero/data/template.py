@@ -68,6 +68,8 @@ class Renderer:
         raises:   DataError where the template is none, leaves its sandbox, or takes more time, memory or room than it may
         source:   the same characters as transformers' apply_chat_template; sandboxed as in CVE-2025-27516's advice
         """
+        if not jobs:
+            return []
         with self._lock:
             if self._child is not None:
                 with suppress(DataError):
@@ -127,7 +129,7 @@ def render(template: str, special: Mapping[str, str], jobs: Sequence[Job]) -> li
     """By a child that ends with it: as Renderer."""
     renderer = Renderer(template, special)
     try:
-        return renderer.render(jobs) if jobs else []
+        return renderer.render(jobs)
     finally:
         renderer.close()
 
