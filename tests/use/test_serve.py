@@ -508,7 +508,7 @@ def test_a_server_that_others_reach_needs_keys_and_keys_must_be_worth_the_name(t
         done = fromzero("serve", "run:nothing", "--key-file", str(tmp_path / "keys"), "--port", "0", cwd=tmp_path)
         assert done.returncode == 2 and said in done.stderr and "short-secret" not in done.stderr
     done = fromzero("serve", "run:nothing", "--key-file", str(tmp_path / "none"), cwd=tmp_path)
-    assert done.returncode == 2 and "cannot be read as a file of keys (FileNotFoundError)" in done.stderr
+    assert done.returncode == 2 and "cannot be read as a file of keys (FileNotFoundError); a key a line, in ASCII; python -c" in done.stderr
 
 
 def test_an_address_that_is_taken_and_a_model_that_cannot_be_served_are_said(encoder: Path, tmp_path: Path) -> None:
