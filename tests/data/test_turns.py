@@ -14,7 +14,7 @@ import pytest
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from fromzero.data import tokens as tk
-from fromzero.data.template import Job, render, template_digest
+from fromzero.data.template import Job, Renderer, render, template_digest
 from fromzero.data.turns import ChatFormat, Conversation, encode_conversations, encode_prompt
 from fromzero.errors import DataError, Fault
 
@@ -136,7 +136,7 @@ def test_texts_and_ids_equal_those_of_transformers_and_the_prompt_is_what_was_tr
         theirs_ids = theirs.apply_chat_template(list(talk.messages), return_dict=False)
         assert ours.ids[: len(ours.ids) - bool(borrowed)] == theirs_ids
     asked = list(talks[-1].messages[:-1])
-    ours_prompt = encode_prompt(form, asked)
+    ours_prompt = encode_prompt(form, Renderer(form.template, form.special), asked)
     assert ours_prompt == theirs.apply_chat_template(asked, add_generation_prompt=True, return_dict=False)
     ids, trained = encoded[-1].ids, encoded[-1].trained
     assert ids[: len(ours_prompt)] == ours_prompt and trained[len(ours_prompt)] and not trained[len(ours_prompt) - 1]
@@ -222,7 +222,7 @@ def test_a_conversation_that_the_template_refuses_is_told_from_the_others():
     assert words(form, fine, "<end_of_turn>") == ["b"]
     assert str(refused) == "talk.jsonl:7: the chat template refuses it: System role not supported"
     with pytest.raises(DataError, match="System role not supported"):
-        encode_prompt(form, [SYSTEM])
+        encode_prompt(form, Renderer(form.template, form.special), [SYSTEM])
 
 
 def test_white_space_stays_with_its_answer_whatever_the_tokenizer_cuts_off_its_spans():

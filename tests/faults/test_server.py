@@ -270,19 +270,45 @@ FIELDS: dict[str, Any] = {
 MESSAGES = {"type": "array", "items": {"type": "object", "properties": {"role": {"enum": ["user", "system", "x"]}, "content": {}}}}
 
 
-def api() -> dict[str, Any]:
-    def route(**more: Any) -> dict[str, Any]:
-        body = {
-            "type": "object",
-            "properties": {"model": {"enum": ["tiny", "x"]}, **FIELDS, **more},
-            "required": ["model", "max_tokens", *more],
-        }
+TEXT: dict[str, Any] = {"type": "string", "minLength": 1, "maxLength": 40}
+SAID = {
+    "type": "object",
+    "properties": {"role": {"enum": ["user", "system", "assistant"]}, "content": TEXT},
+    "required": ["role", "content"],
+}
+FINE: dict[str, Any] = {  # what is answered with 200
+    "n": {"type": "integer", "minimum": 1, "maximum": 2},
+    "max_tokens": {"type": "integer", "minimum": 1, "maximum": 3},
+    "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+    "top_p": {"type": "number", "minimum": 0.01, "maximum": 1},
+    "top_k": {"type": "integer", "minimum": 1, "maximum": 500},
+    "min_p": {"type": "number", "minimum": 0, "maximum": 1},
+    "repetition_penalty": {"type": "number", "minimum": 0.01, "maximum": 10},
+    "seed": {"type": "integer", "minimum": -9, "maximum": 2**40},
+    "stop": {"type": "array", "maxItems": 4, "items": TEXT},
+    "stream": {"type": "boolean"},
+    "response_format": {"type": "object", "properties": {"type": {"enum": ["text", "json_object"]}}, "required": ["type"]},
+}
+
+
+def api(fields: dict[str, Any], models: list[str], **prompts: Any) -> dict[str, Any]:
+    """prompts: what chat and plain completions are asked with"""
+
+    def route(name: str) -> dict[str, Any]:
+        properties = {"model": {"enum": models}, **fields, name: prompts[name]}
+        body: dict[str, Any] = {"type": "object", "properties": properties, "required": ["model", "max_tokens", name]}
+        for one in (body, *(part for part in (fields["response_format"], prompts[name].get("items", {})) if "required" in part)):
+            one["additionalProperties"] = fields is not FINE
         content = {"application/json": {"schema": body}}
         return {"post": {"requestBody": {"required": True, "content": content}, "responses": {"200": {"description": "fine"}}}}
 
-    prompt = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}}]}
-    paths = {"/v1/chat/completions": route(messages=MESSAGES), "/v1/completions": route(prompt=prompt)}
+    paths = {"/v1/chat/completions": route("messages"), "/v1/completions": route("prompt")}
     return {"openapi": "3.1.0", "info": {"title": "served", "version": "1"}, "paths": paths}
+
+
+PROMPT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"anyOf": [{"type": "integer"}, {"type": "string"}]}}]}
+WILD = api(FIELDS, ["tiny", "x"], messages=MESSAGES, prompt=PROMPT)
+SOUND = api(FINE, ["tiny"], messages={"type": "array", "minItems": 1, "maxItems": 4, "items": SAID}, prompt=TEXT)
 
 
 @pytest.mark.parametrize("seconds", [3, pytest.param(30, marks=pytest.mark.slow)])
@@ -291,27 +317,31 @@ def test_whatever_a_request_holds_the_answer_is_one_and_the_server_is_well_after
     import hypothesis
 
     settles(server, "running", 0)
-    ends: list[float] = []  # the clock begins with the first request
     seen: dict[int, int] = {}
-    operations = [found.ok() for found in schemathesis.openapi.from_dict(api()).get_all_operations()]
-    assert len(operations) == 2
-    kinds = [schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE]
-    cases = hypothesis.strategies.one_of(*(one.as_strategy(generation_mode=kind) for one in operations for kind in kinds))
 
-    @hypothesis.settings(max_examples=12 * seconds, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
-    @hypothesis.given(case=cases)
-    def ask(case: Any) -> None:
-        ends.append(time.monotonic() + seconds)
-        if time.monotonic() > ends[0]:
-            return
-        answer = case.call(base_url=server.address, timeout=30)
-        seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
-        assert answer.status_code in (200, 400, 404, 405, 413, 415), (answer.status_code, answer.text[:300])
-        if answer.status_code != 200:
-            assert set(json.loads(answer.text)["error"]) == {"message", "type", "param", "code"} and len(answer.text) < 2000
+    def requests(pages: dict[str, Any], *modes: Any) -> Any:
+        operations = [found.ok() for found in schemathesis.openapi.from_dict(pages).get_all_operations()]
+        assert len(operations) == 2
+        made = hypothesis.strategies.one_of(*(one.as_strategy(generation_mode=mode) for one in operations for mode in modes))
 
-    ask()
-    assert sum(seen.values()) >= seconds and seen.get(400, 0) > 0, seen
+        @hypothesis.settings(max_examples=30, deadline=None, database=None, suppress_health_check=list(hypothesis.HealthCheck))
+        @hypothesis.given(case=made)
+        def ask(case: Any) -> None:
+            answer = case.call(base_url=server.address, timeout=30)
+            seen[answer.status_code] = seen.get(answer.status_code, 0) + 1
+            assert answer.status_code in ((200,) if pages is SOUND else (200, 400, 404, 405, 413, 415)), (case.body, answer.text[:300])
+            if answer.status_code != 200:
+                assert set(json.loads(answer.text)["error"]) == {"message", "type", "param", "code"} and len(answer.text) < 2000
+
+        return ask
+
+    positive, negative = schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE
+    wild, sound = requests(WILD, positive, negative), requests(SOUND, positive)
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends:  # each time from another seed
+        wild()
+        sound()
+    assert seen.get(400, 0) >= 20 and seen.get(200, 0) >= 20, seen
     assert "Traceback" not in server.said(), server.said()[-3000:]
     settles(server, "running", 0)
     server.still_answers("tiny")

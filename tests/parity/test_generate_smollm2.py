@@ -15,7 +15,7 @@ from fromzero.models.generate import generate
 from fromzero.models.together import Batch, Sampling
 from fromzero.weights import Pretrained, open_pretrained, to_theirs
 
-PROMPTS = [
+PROMPTS = [  # of 1 to 355 tokens
     "The capital of France is",
     "def fibonacci(n):\n    ",
     "Once upon a time, in a village by the sea,",
@@ -37,6 +37,11 @@ PROMPTS = [
     "The old lighthouse stood at the end of the harbour, where the fishermen had tied up their boats for the night. Every evening",
     "E",
 ]
+PROMPTS[3] = "".join(f"Step {i}: weigh {7 * i % 60} g of flour and {3 * i % 11} eggs.\n" for i in range(1, 21)) + "Step 21:"
+PROMPTS[9] = "<|im_start|>system\nBe brief.<|im_end|>\n" + "".join(
+    f"<|im_start|>user\nWhat is {i} times {i + 1}?<|im_end|>\n<|im_start|>assistant\n{i * (i + 1)}<|im_end|>\n" for i in range(2, 7)
+)
+PROMPTS[15] = "To be, or not to be, that is the question. " * 10
 
 
 @pytest.fixture(scope="module")
@@ -70,13 +75,27 @@ def theirs_go_on(model: LlamaForCausalLM, ids: list[int], most: int) -> list[int
 
 def compare(count: int, most: int, published: Pretrained, ours: nn.Module, theirs: LlamaForCausalLM) -> None:
     prompts = tk.encode(published.tokenizer, PROMPTS[:count], special=False)
-    assert len(prompts) == count and len({len(ids) for ids in prompts}) >= 3
+    assert len(prompts) == count and len({len(ids) for ids in prompts}) >= min(count, 10)
     expected = [theirs_go_on(theirs, ids, most) for ids in prompts]
-    assert [list(generate(ours, ids, most=most, stops=())) for ids in prompts] == expected
     batch = Batch(ours, ())
     numbers = [batch.add(ids, Sampling(most=most)) for ids in prompts]
     made = [one for _ in range(most) for one in batch.step()]
-    assert len(batch) == 0 and [[one.token for one in made if one.number == number] for number in numbers] == expected
+    ways = {
+        "alone": [list(generate(ours, ids, most=most, stops=())) for ids in prompts],
+        "together": [[one.token for one in made if one.number == number] for number in numbers],
+    }
+    assert len(batch) == 0 and all(len(one) == most for one in expected)
+    for way, texts in ways.items():
+        differing = [told_apart(theirs, *three) for three in zip(prompts, expected, texts, strict=True) if three[1] != three[2]]
+        assert not differing, f"{way}: {count - len(differing)} of {count} are the same; " + "; ".join(differing)
+
+
+def told_apart(model: LlamaForCausalLM, prompt: list[int], expected: list[int], made: list[int]) -> str:
+    """Where they part, and how near transformers' two best logits are to each other there: further than rounding is a fault"""
+    at = next((i for i, pair in enumerate(zip(expected, made, strict=False)) if pair[0] != pair[1]), min(len(expected), len(made)))
+    with torch.no_grad():
+        best = model(torch.tensor([[*prompt, *expected[:at]]])).logits[0, -1].topk(2)
+    return f"{made[at : at + 1]} after {at} tokens of {prompt[:8]}…, where theirs has {list(zip(*(x.tolist() for x in best), strict=True))}"
 
 
 def test_three_greedy_texts_are_those_of_transformers(published: Pretrained, ours: nn.Module, theirs: LlamaForCausalLM) -> None:
@@ -85,5 +104,5 @@ def test_three_greedy_texts_are_those_of_transformers(published: Pretrained, our
 
 @pytest.mark.slow
 def test_twenty_greedy_texts_are_those_of_transformers(published: Pretrained, ours: nn.Module, theirs: LlamaForCausalLM) -> None:
-    assert len(PROMPTS) == 20
-    compare(20, 24, published, ours, theirs)
+    assert len(set(PROMPTS)) == 20
+    compare(20, 32, published, ours, theirs)

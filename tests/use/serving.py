@@ -69,6 +69,17 @@ def trained_predictors(place: Path, *only: str) -> Path:
     return place / "runs"
 
 
+def random_encoder(folder: Path) -> Path:
+    import transformers
+
+    tokenizer = tk.byte_pairs(["some words of a text"], 280)
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
+    torch.manual_seed(0)
+    transformers.BertModel(transformers.BertConfig(vocab_size=tk.vocabulary_size(tokenizer), **shape)).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text(tokenizer)
+    return folder
+
+
 @contextlib.contextmanager
 def in_process(source: str, runs: Path = Path("runs"), *, keys: tuple[bytes, ...] = (), **limits: Any) -> Iterator[Any]:
     from starlette.testclient import TestClient
@@ -99,10 +110,20 @@ class Server:
             "print(json.dumps(serve_model(source, Path('runs'), host='127.0.0.1', port=0, key_file=key_file, limits=Limits(**limits), say=say)))\n"
         )
         given = json.dumps([str(source), key_file and str(key_file), limits])
-        self.log = source.parent / f"server-{time.monotonic_ns()}.log"
+        self._start([sys.executable, "-c", code, given], source.parent)
+
+    @classmethod
+    def typed(cls, *words: str, cwd: Path) -> Server:
+        """`fromzero serve …` as a person types it, on a free port"""
+        made = cls.__new__(cls)
+        made._start([sys.executable, "-m", "fromzero.cli", "serve", *words, "--port", "0"], cwd)
+        return made
+
+    def _start(self, command: list[str], cwd: Path) -> None:
+        self.log = cwd / f"server-{time.monotonic_ns()}.log"
         with self.log.open("wb") as log:
-            self.process = subprocess.Popen([sys.executable, "-c", code, given], stdout=log, stderr=log, cwd=source.parent)
-        until = time.monotonic() + 60
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=cwd)
+        until = time.monotonic() + 180  # on a machine that others use too
         while not (found := re.search(r"at http://127.0.0.1:(\d+)", self.said())):
             assert self.process.poll() is None and time.monotonic() < until, self.said()
             time.sleep(0.05)

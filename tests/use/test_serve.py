@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import struct
+import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,13 +25,14 @@ from fromzero.data import tokens as tk
 from fromzero.models.scores import scores_at
 from fromzero.models.together import Batch, Made
 from tests.use.conftest import BLUE, FRANCE, JAPAN, PARIS, SKY, TEMPLATE, TOKYO, turns
-from tests.use.serving import HI, in_process, random_talker, trained_predictors
+from tests.use.serving import HI, in_process, random_encoder, random_talker, trained_predictors
 from tests.use.test_commands import fromzero
 
 from fromzero.use.serve.asked import Chat, check  # isort: skip
-from fromzero.use.serve.choices import CALL, Choice, Cut, read_calls  # isort: skip
+from fromzero.use.serve.choices import CALL, Choice, read_calls  # isort: skip
 from fromzero.use.serve import limits  # isort: skip
 from fromzero.use.speak import open_speaker  # isort: skip
+from fromzero.use.spelling import Cut  # isort: skip
 
 KEY = b"sk-0123456789abcdefg"
 
@@ -188,6 +190,25 @@ def test_tools_go_through_the_template_and_calls_are_looked_for_only_in_its_own_
         assert caller.post("/v1/chat/completions", json=none).json()["usage"] == plain["usage"]
 
 
+def test_one_child_renders_for_all_requests_and_a_new_one_after_a_request_that_it_did_not_survive(
+    talker: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(talker, tmp_path / "talker")
+    card = tmp_path / "talker" / "tokenizer_config.json"
+    wild = "{% if messages[0].content == 'wild' %}{{ (messages | length * 10) ** (10 ** 10) }}{% endif %}"
+    card.write_text(json.dumps({**json.loads(card.read_text()), "chat_template": wild + TEMPLATE}))
+    started, popen = [], subprocess.Popen
+    with in_process(str(tmp_path / "talker")) as client:
+        monkeypatch.setattr(subprocess, "Popen", lambda *given, **named: started.append(given) or popen(*given, **named))  # type: ignore[func-returns-value]
+        for _ in range(3):
+            assert client.post("/v1/chat/completions", json=asked(SKY)).json()["choices"][0]["message"]["content"] == BLUE
+        assert len(started) == 1
+        refused = client.post("/v1/chat/completions", json=asked("wild"))
+        assert refused.status_code == 400 and "is still computing after 1 s" in refused.json()["error"]["message"]
+        assert client.post("/v1/chat/completions", json=asked(SKY)).json()["choices"][0]["message"]["content"] == BLUE
+        assert len(started) == 3, "the request that ended the first was given to a second, and the next to a third"
+
+
 def test_answers_of_many_at_once_are_those_of_each_alone_and_share_steps(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     step = Batch.step
@@ -265,6 +286,15 @@ def test_a_wrong_field_is_named_with_what_is_wrong(client: Any, more: dict[str, 
     error = answer.json()["error"]
     assert answer.status_code == 400 and (error["param"], error["type"]) == (param, "invalid_request_error") and said in error["message"]
     assert len(answer.text) < 1000 and "/tmp" not in answer.text and set(error) == {"message", "type", "param", "code"}
+
+
+def test_a_number_is_whole_however_it_is_written(client: Any) -> None:
+    """As JSON Schema has it, 2.0 is an integer; some clients have no other numbers"""
+    whole, written = (
+        client.post("/v1/chat/completions", json=asked(SKY, max_tokens=kind(2), seed=kind(1), n=kind(1))).json()["choices"]
+        for kind in (int, float)
+    )
+    assert whole == written
 
 
 @pytest.mark.parametrize(
@@ -379,15 +409,7 @@ def test_classes_come_with_their_probabilities_for_tables_texts_and_images(runs:
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    import transformers
-
-    folder = tmp_path_factory.mktemp("encoders") / "bert"
-    tokenizer = tk.byte_pairs(["some words of a text"], 280)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}
-    torch.manual_seed(0)
-    transformers.BertModel(transformers.BertConfig(vocab_size=tk.vocabulary_size(tokenizer), **shape)).save_pretrained(folder)
-    (folder / "tokenizer.json").write_text(tokenizer)
-    return folder
+    return random_encoder(tmp_path_factory.mktemp("encoders") / "bert")
 
 
 def test_an_encoder_gives_the_vectors_of_texts_as_numbers_and_as_openai_packs_them(encoder: Path) -> None:
@@ -486,7 +508,7 @@ def test_a_server_that_others_reach_needs_keys_and_keys_must_be_worth_the_name(t
         done = fromzero("serve", "run:nothing", "--key-file", str(tmp_path / "keys"), "--port", "0", cwd=tmp_path)
         assert done.returncode == 2 and said in done.stderr and "short-secret" not in done.stderr
     done = fromzero("serve", "run:nothing", "--key-file", str(tmp_path / "none"), cwd=tmp_path)
-    assert done.returncode == 2 and "cannot be read as a file of keys (FileNotFoundError)" in done.stderr
+    assert done.returncode == 2 and "cannot be read as a file of keys (FileNotFoundError); a key a line, in ASCII; python -c" in done.stderr
 
 
 def test_an_address_that_is_taken_and_a_model_that_cannot_be_served_are_said(encoder: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 The template is text that a stranger wrote. It runs in jinja2's sandbox; should it ever get out of that, the process
 around it can open no file and no socket, and its time, memory and output are bounded by the kernel.
 
-usage: python -I render.py < jobs > texts     both JSON lines, in ASCII; the first of the jobs says template and bounds
+usage: python -I render.py < jobs > texts     both JSON lines, in ASCII; the first of the jobs says template and bounds; it ends with them
 a text is a string; ["fault", why] is a conversation that the template refuses; after ["stop", why] nothing more comes
 """
 
@@ -72,10 +72,10 @@ def environment() -> ImmutableSandboxedEnvironment:
     return made
 
 
-def give_up(seconds: int, longest: int, most: int) -> None:
+def give_up(seconds: int, longest: int) -> None:
     used = Path("/proc/self/statm")
     pages = int(used.read_text().split()[0]) * resource.getpagesize() if used.exists() else 2**36
-    limits = {"AS": pages + MEMORY + 16 * longest, "CPU": seconds, "FSIZE": most, "CORE": 0, "NOFILE": 0, "NPROC": 0}
+    limits = {"AS": pages + MEMORY + 16 * longest, "CPU": seconds, "FSIZE": 0, "CORE": 0, "NOFILE": 0, "NPROC": 0}
     for name, bound in limits.items():
         number = getattr(resource, f"RLIMIT_{name}")
         hard = resource.getrlimit(number)[1]
@@ -100,13 +100,14 @@ def main() -> None:
         if resource is not None:
             signal.setitimer(signal.ITIMER_PROF, asked["seconds"])  # at its end the kernel ends the process
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is meant for who started this, and ends this where that ends
     asked = json.loads(sys.stdin.readline())
     made = environment()
     datetime.now().strftime("%c")  # reads the time zone
     with contextlib.suppress(jinja2.UndefinedError):
         made.from_string(r"{{ '\n' + nobody.knows.this }}").render()  # for what quotes and errors import
     if resource is not None:
-        give_up(asked["all_seconds"], asked["longest"], asked["most"])
+        give_up(asked["all_seconds"], asked["longest"])
     try:
         watch()
         template = made.from_string(asked["template"])

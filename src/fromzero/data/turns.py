@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import fromzero.data.tokens as tk
-from fromzero.data.template import Job, render
+from fromzero.data.template import Job, Renderer, render
 from fromzero.errors import DataError, Fault
 
 MARK = "\U0010fffd"  # of the private use area; stands for an answer where its place in a text is looked for
@@ -85,9 +85,9 @@ def encode_conversations(
     return done
 
 
-def encode_prompt(form: ChatFormat, messages: Messages, tools: Messages | None = None) -> list[int]:
+def encode_prompt(form: ChatFormat, renderer: Renderer, messages: Messages, tools: Messages | None = None) -> list[int]:
     """The tokens that the model goes on from to answer.  raises: DataError where the template refuses the messages"""
-    [text] = render(form.template, form.special, [Job(_plain(messages), tools, prompt=True)])
+    [text] = renderer.render([Job(_plain(messages), tools, prompt=True)])
     if isinstance(text, Fault):
         raise DataError([replace(text, key="data.template")])
     return tk.encode(form.tokenizer, [text], special=False)[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 import fromzero.data.tokens as tk
 from fromzero.data import ChatFormat, TextFormat
+from fromzero.data.template import Renderer
 from fromzero.data.turns import Conversation, Encoded, Messages, encode_conversations, encode_prompt
 from fromzero.devices import look_at_machine
 from fromzero.errors import DataError, ModelError, UserError
@@ -49,7 +51,13 @@ class Speaker:
         if self.chat is None:
             why, mend = "it knows no turns of a conversation", f"fromzero generate {self.name} --prompt TEXT goes on with text"
             raise ModelError(f"'{self.name}' has no chat template", why=why, mend=mend)
-        return encode_prompt(self.chat, messages, tools)
+        return encode_prompt(self.chat, self._renderer, messages, tools)
+
+    @cached_property
+    def _renderer(self) -> Renderer:
+        """One for all conversations: to start a process for each would take tenths of a second"""
+        assert self.chat is not None
+        return Renderer(self.chat.template, self.chat.special)
 
 
 def open_speaker(source: str, runs: Path) -> Speaker:

@@ -3,10 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import fromzero.data.tokens as tk
 
 BROKEN = "\ufffd"  # what a tokenizer shows for the bytes of a character that is not whole
+
+
+@dataclass
+class Cut:
+    """Text up to the first of some marks. Of several, that counts which is whole first, wherever the text comes in pieces.
+
+    rest: the mark and what follows it, once it was found
+    """
+
+    marks: Sequence[str]
+    rest: str | None = None
+    _held: str = ""
+
+    def add(self, text: str, *, last: bool = False) -> str:
+        """returns: what is before any mark for certain; what may begin one is held back unless it is the last"""
+        if self.rest is not None:
+            self.rest += text
+            return ""
+        text = self._held + text
+        whole = [(at + len(mark), at) for mark in self.marks if (at := text.find(mark)) >= 0]
+        if whole:
+            self.rest = text[min(whole)[1] :]
+            return text[: min(whole)[1]]
+        begun = (size for mark in self.marks for size in range(1, len(mark)) if text.endswith(mark[:size]))
+        sure = len(text) - (0 if last else max(begun, default=0))
+        self._held = text[sure:]
+        return text[:sure]
 
 
 class Spelling:
@@ -14,15 +42,17 @@ class Spelling:
     stop string waits too.
 
     before:  ids whose text stands before and is not given
-    stops:   texts that end it and are no part of it. Of several, that counts which is whole first, wherever the tokens are cut
+    stops:   texts that end it and are no part of it: see Cut
     """
 
     def __init__(self, tokenizer: str, before: Sequence[int] = (), stops: Sequence[str] = ()) -> None:
-        self._tokenizer, self._stops = tokenizer, stops
+        self._tokenizer, self._cut = tokenizer, Cut(stops)
         self._window, self._said = list(before), tk.decode(tokenizer, before)
         self._fresh: list[int] = []
-        self._waiting = ""
-        self.stopped = False
+
+    @property
+    def stopped(self) -> bool:
+        return self._cut.rest is not None
 
     def add(self, token: int) -> str:
         """returns: the text that is sure now"""
@@ -33,24 +63,12 @@ class Spelling:
         new = text[len(self._said) :]
         self._window, self._fresh = self._fresh, []  # they stay as what stands before: a token by itself may be written otherwise
         self._said = tk.decode(self._tokenizer, self._window)
-        return self._sure(new)
+        return self._cut.add(new)
 
     def end(self) -> str:
         """returns: the text that was waiting; there is no more"""
         text = tk.decode(self._tokenizer, [*self._window, *self._fresh])
-        sure = self._sure(text[len(self._said) :].rstrip(BROKEN))
-        return sure + self._waiting
-
-    def _sure(self, new: str) -> str:
-        text, self._waiting = self._waiting + new, ""
-        found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
-        if found:
-            self.stopped = True
-            return text[: min(found)[1]]
-        beginnings = (size for stop in self._stops for size in range(1, len(stop)) if text.endswith(stop[:size]))
-        sure = len(text) - max(beginnings, default=0)
-        self._waiting = text[sure:]
-        return text[:sure]
+        return self._cut.add(text[len(self._said) :].rstrip(BROKEN), last=True)
 
 
 def as_text(tokenizer: str, ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:

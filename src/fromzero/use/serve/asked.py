@@ -66,6 +66,9 @@ def _prompts(value: Any) -> Any:
     return listed
 
 
+Whole = Annotated[int, BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)]  # 3.0 too
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
 
@@ -131,15 +134,15 @@ class Asked(_Strict):
     """What chat and plain completions share. Left out, temperature is 1, as the API has it."""
 
     model: str
-    n: int = Field(1, ge=1, le=bounds.MOST_TEXTS)
+    n: Whole = Field(1, ge=1, le=bounds.MOST_TEXTS)
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: float = Field(1.0, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
-    top_k: int | None = Field(None, ge=1, le=2**20)
+    top_k: Whole | None = Field(None, ge=1, le=2**20)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
-    seed: int | None = Field(None, ge=-(2**62), le=2**62)
+    seed: Whole | None = Field(None, ge=-(2**62), le=2**62)
     stop: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=bounds.LONGEST_STOP)]],
         BeforeValidator(_listed),
@@ -150,18 +153,18 @@ class Asked(_Strict):
 
 class Chat(Asked):
     messages: list[Message] = Field(min_length=1, max_length=bounds.MOST_MESSAGES)
-    max_tokens: int = Field(1024, ge=1, le=bounds.MOST_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=bounds.MOST_TOKENS)
+    max_tokens: Whole = Field(1024, ge=1, le=bounds.MOST_TOKENS)
+    max_completion_tokens: Whole | None = Field(None, ge=1, le=bounds.MOST_TOKENS)
     tools: list[Tool] = Field([], max_length=bounds.MOST_TOOLS)
     tool_choice: Literal["auto", "none"] = "auto"
     logprobs: bool = False
-    top_logprobs: int = Field(0, ge=0, le=bounds.MOST_LIKELIEST)
+    top_logprobs: Whole = Field(0, ge=0, le=bounds.MOST_LIKELIEST)
 
 
 class Completion(Asked):
     prompt: Annotated[list[Any], BeforeValidator(_prompts), Field(max_length=bounds.MOST_TEXTS)]
-    max_tokens: int = Field(16, ge=1, le=bounds.MOST_TOKENS)
-    logprobs: int | None = Field(None, ge=0, le=bounds.MOST_LIKELIEST)
+    max_tokens: Whole = Field(16, ge=1, le=bounds.MOST_TOKENS)
+    logprobs: Whole | None = Field(None, ge=0, le=bounds.MOST_LIKELIEST)
 
 
 class Embedding(_Strict):

@@ -15,42 +15,10 @@ from typing import Any
 
 import fromzero.data.tokens as tk
 from fromzero.models.together import Made
-from fromzero.use.spelling import BROKEN, Spelling
+from fromzero.use.spelling import BROKEN, Cut, Spelling
 
 CALL = "<tool_call>"
 _CALLS = re.compile(r"<tool_call>\s*(.*?)\s*(?:</tool_call>|\Z)", re.DOTALL)
-
-
-@dataclass
-class Cut:
-    """Text up to the first of some marks. What could be a mark's begin is held back until it is known.
-
-    rest: the mark and what follows it, once it was found
-    """
-
-    marks: Sequence[str]
-    rest: str | None = None
-    held: str = ""
-
-    def add(self, text: str, *, last: bool) -> str:
-        """returns: what is before any mark for certain;  last: nothing follows"""
-        if self.rest is not None:
-            self.rest += text
-            return ""
-        text = self.held + text
-        found = min((at for mark in self.marks if (at := text.find(mark)) >= 0), default=None)
-        if found is not None:
-            self.rest, self.held = text[found:], ""
-            return text[:found]
-        begun = 0 if last else max((_begun(text, mark) for mark in self.marks), default=0)
-        keep = len(text) - begun
-        self.held = text[keep:]
-        return text[:keep]
-
-
-def _begun(text: str, mark: str) -> int:
-    """How many characters at the end of a text begin a mark"""
-    return next((size for size in range(min(len(mark) - 1, len(text)), 0, -1) if text.endswith(mark[:size])), 0)
 
 
 @dataclass

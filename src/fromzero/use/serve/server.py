@@ -65,14 +65,13 @@ def serve_model(
 
 def read_keys(path: Path) -> tuple[bytes, ...]:
     """A key a line; empty lines and those that begin with # are left out.  raises: UserError, which shows no key"""
+    mend = "python -c 'import secrets; print(secrets.token_urlsafe())' makes one"
     try:
         lines = path.read_text(encoding="ascii").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"cannot be read as a file of keys ({type(error).__name__})", mend="a key a line, in ASCII", file=str(path)
-        ) from None
+        what = f"cannot be read as a file of keys ({type(error).__name__})"
+        raise UserError(what, mend=f"a key a line, in ASCII; {mend}", file=str(path)) from None
     keys = [(number, line.strip()) for number, line in enumerate(lines, 1) if line.strip() and not line.startswith("#")]
-    mend = "python -c 'import secrets; print(secrets.token_urlsafe())' makes one"
     if not keys:
         raise UserError("holds no key", mend=mend, file=str(path))
     for number, key in keys:
