@@ -359,6 +359,8 @@ def generate(
     max_tokens: int = 256,
     seed: int | None = 0,
     logprobs: int = 0,
+    engine: str = "fromzero",
+    numbers: str | None = None,
     runs: str | Path = "runs",
     **asked: Any,
 ) -> Any:
@@ -367,13 +369,16 @@ def generate(
     source:    `run:NAME`, a folder, a file or any published source
     prompt:    several are gone on with together; each one's text is the one that it gets alone
     logprobs:  so many of the likeliest tokens are told beside each; what is returned is then what `--json` prints
+    engine:    who runs the model: fromzero, or llama.cpp (needs 'fromzero[llama]')
+    numbers:   of the file that llama.cpp runs: q8_0 (the usual), f16, f32 or q4_0; None for a GGUF file: as it is
     asked:     temperature=0.0 (0 takes the likeliest token), top_k, top_p, min_p: which tokens are drawn from; repetition_penalty=1.0;
                stop, texts that end it and are no part of it; schema, a JSON schema that it is held to (needs 'fromzero[schema]')
     returns:   the text; of several prompts a list of them
     """
-    from fromzero.use.speak import complete, open_speaker, speak
+    from fromzero.use.engine import open_with
+    from fromzero.use.speak import complete, speak
 
-    speaker, prompts = open_speaker(source, Path(runs)), [prompt] if isinstance(prompt, str) else prompt
+    speaker, prompts = open_with(engine, source, Path(runs), numbers=numbers), [prompt] if isinstance(prompt, str) else prompt
     speeches = [complete(speaker, one, max_tokens=max_tokens, seed=seed, logprobs=logprobs, **asked) for one in prompts]
     for _ in speak(speeches):
         pass
@@ -388,18 +393,21 @@ def chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     max_tokens: int = 1024,
     seed: int | None = 0,
+    engine: str = "fromzero",
+    numbers: str | None = None,
     runs: str | Path = "runs",
     **asked: Any,
 ) -> str:
     """A model's answer to messages ({"role": "user", "content": …}), by its own chat template.
 
-    source, asked:  as in generate
+    source, engine, numbers, asked: as in generate
     tools:          functions that the model may call, as the template writes them: {"type": "function", "function": {"name": …}}
     raises:         ModelError for a model without a template or with one that writes no tools, or messages longer than its context
     """
-    from fromzero.use.speak import converse, open_speaker
+    from fromzero.use.engine import open_with
+    from fromzero.use.speak import converse
 
-    speaker = open_speaker(source, Path(runs))
+    speaker = open_with(engine, source, Path(runs), numbers=numbers)
     return "".join(converse(speaker, messages, tools, whole=True, max_tokens=max_tokens, seed=seed, **asked))
 
 

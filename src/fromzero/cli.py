@@ -44,6 +44,8 @@ Penalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1: t
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="a text that ends it, and is no part of it; may be repeated")]
 SchemaFile = Annotated[str | None, typer.Option(metavar="FILE", help="a JSON schema that what is written is held to")]
 Seed = Annotated[int, typer.Option(help="of what is drawn")]
+Engine = Annotated[str, typer.Option(help="who runs it: fromzero, or llama.cpp (pip install 'fromzero[llama]'; docs/generating.md)")]
+Numbers = Annotated[str | None, typer.Option(metavar="KIND", help="with llama.cpp: q8_0 (the usual), f16, f32 or q4_0")]
 
 
 def _answer(work: Callable[[], Any], as_json: bool, debug: bool, text: Callable[[Any], str]) -> None:
@@ -293,6 +295,8 @@ def generate(
     schema: SchemaFile = None,
     logprobs: Annotated[int, typer.Option(min=0, help="with --json: how many of the likeliest are told beside each token")] = 0,
     seed: Seed = 0,
+    engine: Engine = "fromzero",
+    numbers: Numbers = None,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
@@ -302,13 +306,15 @@ def generate(
     Several prompts are gone on with together; with --json: a list of such values."""
 
     def work() -> Any:
+        from fromzero.use.engine import open_with
         from fromzero.use.schema import read_schema
-        from fromzero.use.speak import complete, open_speaker, speak
+        from fromzero.use.speak import complete, speak
+        from fromzero.use.terminal import say
 
         drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "logprobs": logprobs}
         asked: dict[str, Any] = {**drawn, "repetition_penalty": repetition_penalty, "max_tokens": max_tokens, "stop": stop or ()}
         asked["schema"] = None if schema is None else read_schema(schema)
-        speaker = open_speaker(model, Path(runs))
+        speaker = open_with(engine, model, Path(runs), numbers=numbers, say=say)
         speeches = [complete(speaker, one, **asked) for one in prompt]
         for _, piece in speak(speeches):
             if not as_json and len(speeches) == 1:
@@ -334,6 +340,8 @@ def chat(
     stop: Stop = None,
     schema: SchemaFile = None,
     seed: Seed = 0,
+    engine: Engine = "fromzero",
+    numbers: Numbers = None,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
@@ -341,14 +349,15 @@ def chat(
     """Talk with a model, through its own chat template; /help lists what else can be typed. In a pipe: one question a line."""
 
     def work() -> Any:
+        from fromzero.use.engine import open_with
         from fromzero.use.schema import read_schema
-        from fromzero.use.speak import open_speaker
-        from fromzero.use.terminal import talk
+        from fromzero.use.terminal import say, talk
 
         drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         asked: dict[str, Any] = {**drawn, "repetition_penalty": repetition_penalty, "max_tokens": max_tokens, "stop": stop or ()}
         asked["schema"] = None if schema is None else read_schema(schema)
-        return _Both(("", {"turns": talk(open_speaker(model, Path(runs)), system=system, quiet=as_json, **asked)}))
+        speaker = open_with(engine, model, Path(runs), numbers=numbers, say=say)
+        return _Both(("", {"turns": talk(speaker, system=system, quiet=as_json, **asked)}))
 
     _answer(work, as_json, debug, str)
 
@@ -414,9 +423,7 @@ def serve(
     def work() -> Any:
         from fromzero.use.serve.limits import Limits
         from fromzero.use.serve.server import serve_model
-
-        def say(line: str) -> None:
-            print(line, file=sys.stderr, flush=True)
+        from fromzero.use.terminal import say
 
         keys = None if key_file is None else Path(key_file)
         found = serve_model(model, Path(runs), host=host, port=port, key_file=keys, limits=Limits(), say=say)

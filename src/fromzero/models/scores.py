@@ -6,6 +6,7 @@ Dims: N tokens end to end, R rows wanted, V vocabulary.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -16,9 +17,22 @@ from fromzero.models.decoder import Decoder
 from fromzero.models.foreign import Foreign
 
 
+class Outside(nn.Module, ABC):
+    """A language model that another program runs, one text at a time: it scores what follows a text, and no place within it.
+
+    context: how many tokens it reads at most
+    """
+
+    context: float
+
+    @abstractmethod
+    def following(self, ids: Sequence[int]) -> Tensor:
+        """The scores of the next token.  returns: (V,)"""
+
+
 def context_of(model: nn.Module) -> float:
     """How many tokens the model reads at most; infinite where it does not say."""
-    return model.config.context if isinstance(model, Decoder) else model.context if isinstance(model, Foreign) else math.inf
+    return model.config.context if isinstance(model, Decoder) else model.context if isinstance(model, (Foreign, Outside)) else math.inf
 
 
 def scores_at(model: nn.Module, documents: Sequence[Sequence[int]], rows: Sequence[int]) -> Tensor:

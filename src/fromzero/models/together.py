@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from fromzero.errors import ModelError, NumbersError, UserError
 from fromzero.models.decoder import Cache, Decoder, room_for
 from fromzero.models.sampling import draw, penalised
-from fromzero.models.scores import context_of, device_of, end_to_end, learning, reading, scores_at
+from fromzero.models.scores import Outside, context_of, device_of, end_to_end, learning, reading, scores_at
 
 Allowed = Callable[[Sequence[int]], Tensor | None]
 NOTHING = -1  # where no token at all was allowed
@@ -102,7 +102,7 @@ class _Shelf:
 class Batch:
     """The texts that one model is writing at a time.
 
-    model:  forward(tokens (N,), offsets (B + 1,)) → (N, V). A decoder reads each token once, any other all of them each time. Its
+    model:  forward(tokens (N,), offsets (B + 1,)) → (N, V), or one that runs Outside. A decoder reads each token once, any other all of them each time. Its
             modules are left in the mode in which they were when the last text was added
     stops:  tokens that end a text
     """
@@ -170,6 +170,8 @@ class Batch:
 
     def _read_whole(self) -> tuple[list[int], Tensor]:
         texts = [text.ids for text in self._texts.values()]
+        if isinstance(self.model, Outside):
+            return list(self._texts), torch.stack([self.model.following(ids) for ids in texts])
         _, offsets = end_to_end(texts, torch.device("cpu"))
         return list(self._texts), scores_at(self.model, texts, (offsets[1:] - 1).tolist())
 

@@ -17,7 +17,7 @@ from fromzero.data.turns import Conversation, Encoded, Messages, encode_conversa
 from fromzero.devices import look_at_machine
 from fromzero.errors import DataError, ModelError, UserError
 from fromzero.models import FAMILIES
-from fromzero.models.scores import context_of
+from fromzero.models.scores import Outside, context_of
 from fromzero.models.together import Batch, Made, Sampling
 from fromzero.runner.start import Start, build_published, find_start, published_of
 from fromzero.use.schema import Rule, rule_of
@@ -42,6 +42,11 @@ class Speaker:
     def context(self) -> float:
         return context_of(self.model)
 
+    @property
+    def together(self) -> int:
+        """How many texts are made at a time"""
+        return 1 if isinstance(self.model, Outside) else TOGETHER
+
     def encode(self, text: str) -> list[int]:
         """The ids of a raw text, as the model goes on from it."""
         return [*self.framed, *tk.encode(self.tokenizer, [text], special=False)[0]]
@@ -65,19 +70,30 @@ def open_speaker(source: str, runs: Path) -> Speaker:
 
     raises: ModelError for a model that does not go on with text or has no tokenizer, SourceError where it is not there
     """
-    start, inputs = find_start(source, (Path(),), runs), None
+    start = start_of_speech(source, runs)
+    if start.saved is not None:
+        return speaker_of(source, start, start.saved.load())
+    return speaker_of(source, start, build_published(published_of(start, source), {}, per_token=True)[0].eval())
+
+
+def start_of_speech(source: str, runs: Path) -> Start:
+    """What a model that can speak begins with, its weights unread.  raises: as open_speaker does"""
+    start = find_start(source, (Path(),), runs)
     if start.saved is not None:
         _refuse(start.saved.task in ("classify", "regress"), source, f"was trained to {start.saved.task}")
-        inputs, model = start.saved.preparation.inputs, start.saved.load()
-    else:
-        published = published_of(start, source)
-        family = FAMILIES.get(str(start.config.get("model_type")))
-        _refuse(family is not None and not family.speaks, source, "reads its input whole")
-        if start.tokenizer is None:
-            why = str(published.extras.get("no tokenizer", "there is no tokenizer.json"))
-            raise ModelError("has no tokenizer, so that no text becomes tokens", why=why, file=published.origin)
-        model = build_published(published, {}, per_token=True)[0].eval()
-    tokenizer = start.tokenizer
+        return start
+    published = published_of(start, source)
+    family = FAMILIES.get(str(start.config.get("model_type")))
+    _refuse(family is not None and not family.speaks, source, "reads its input whole")
+    if start.tokenizer is None:
+        why = str(published.extras.get("no tokenizer", "there is no tokenizer.json"))
+        raise ModelError("has no tokenizer, so that no text becomes tokens", why=why, file=published.origin)
+    return start
+
+
+def speaker_of(source: str, start: Start, model: nn.Module) -> Speaker:
+    """model: what runs the weights; how text becomes tokens, and where a text ends, is what the start says"""
+    tokenizer, inputs = start.tokenizer, None if start.saved is None else start.saved.preparation.inputs
     assert tokenizer is not None
     chat = ChatFormat(tokenizer, start.template, start.special, start.stops) if start.template else None
     chat = inputs if isinstance(inputs, ChatFormat) else chat
@@ -168,7 +184,7 @@ class Speech:
 
 
 def speak(speeches: Sequence[Speech]) -> Iterator[tuple[Speech, str]]:
-    """The pieces of several texts of one speaker as they are made, TOGETHER at a time: when one ends, the next begins.
+    """The pieces of several texts of one speaker as they are made, some at a time: when one ends, the next begins.
 
     raises: ModelError at the end, where a text that is held to a schema was cut
     """
@@ -176,7 +192,7 @@ def speak(speeches: Sequence[Speech]) -> Iterator[tuple[Speech, str]]:
         return
     batch, waiting, writing = Batch(speeches[0].speaker.model, speeches[0].speaker.stops), list(speeches), {}
     while waiting or len(batch):
-        while waiting and len(batch) < TOGETHER:
+        while waiting and len(batch) < speeches[0].speaker.together:
             speech = waiting.pop(0)
             writing[batch.add(speech.prompt, speech.asked, allowed=speech.rule)] = speech
         for made in batch.step():

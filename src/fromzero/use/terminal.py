@@ -37,7 +37,7 @@ def talk(speaker: Speaker, *, system: str | None, quiet: bool, **asked: Any) -> 
             if line == "/reset":
                 said, forgotten = list(first), 0
             elif line.startswith("/"):
-                _say(_obey(speaker, line, said, heard))
+                say(_obey(speaker, line, said, heard))
             elif line:
                 question = {"role": "user", "content": line}
                 turn, dropped = _answer(speaker, [*heard, question], quiet, asked)
@@ -46,7 +46,7 @@ def talk(speaker: Speaker, *, system: str | None, quiet: bool, **asked: Any) -> 
         except (UserError, OSError) as error:
             if not at_terminal:
                 raise
-            _say(str(error))
+            say(str(error))
     return turns
 
 
@@ -58,11 +58,11 @@ def _line(prompt: str, at_terminal: bool) -> str:
     except KeyboardInterrupt:
         if not at_terminal:
             raise
-        _say("(/exit or Ctrl-D ends)")
+        say("(/exit or Ctrl-D ends)")
         return ""
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
@@ -83,7 +83,7 @@ def _answer(speaker: Speaker, messages: list[dict[str, Any]], quiet: bool, asked
     """returns: the question with its answer, and how many of the messages were left out"""
     speech, answer, stopped = converse(speaker, messages, **asked), "", None
     if speech.dropped:
-        _say(f"the oldest {speech.dropped} messages are left out: the model reads {speaker.context} tokens")
+        say(f"the oldest {speech.dropped} messages are left out: the model reads {speaker.context} tokens")
     try:
         for piece in speech:
             answer += piece
@@ -95,5 +95,5 @@ def _answer(speaker: Speaker, messages: list[dict[str, Any]], quiet: bool, asked
         print(flush=True)
     stopped = stopped or speech.stopped
     if stopped != "stop":
-        _say(f"({stopped})")
+        say(f"({stopped})")
     return {"question": messages[-1]["content"], "answer": answer, "tokens": len(speech.ids), "stopped": stopped}, speech.dropped

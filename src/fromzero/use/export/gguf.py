@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from fromzero.runner.start import Start, build_published
 from fromzero.sources.cache import write_whole
 from fromzero.use.export.compare import Compared, absent, compare, nats, same
 from fromzero.use.export.subject import Subject
+from fromzero.use.llama import INSTALL, LlamaCpp, installed
 from fromzero.weights import open_pretrained, to_theirs
 from fromzero.weights.gguf_names import ARCHITECTURES, ROTARY_FACTORS, laid_out, to_gguf
 from fromzero.weights.gguf_tokenizer import tokenizer_to_gguf
@@ -165,9 +163,9 @@ def _measured(reader: str, subject: Subject, scores: Tensor, bounds: tuple[float
 
 
 def _by_llama_cpp(subject: Subject, path: Path) -> Compared:
-    if find_spec("llama_cpp") is None:
-        return absent("llama.cpp", "pip install llama-cpp-python")
-    theirs = _LlamaCpp(path, max(len(document) for document in subject.documents) + 64)
+    if not installed():
+        return absent("llama.cpp", INSTALL)
+    theirs = LlamaCpp(path, room=max(len(document) for document in subject.documents) + 64, whole=True, every=True)
     ours = subject.tokens(subject.texts)
     also = same("llama.cpp", "tokens", ours, [theirs.tokens(text) for text in subject.texts])
     if subject.numbers == "f32":
@@ -175,31 +173,3 @@ def _by_llama_cpp(subject: Subject, path: Path) -> Compared:
         also += ", " + same("llama.cpp", "greedy continuation", wanted, theirs.go_on(prompt, len(wanted)))
     scores = torch.cat([theirs.scores(document.tolist()) for document in subject.documents])
     return _measured("llama.cpp", subject, scores, LLAMA_CPP[subject.numbers], also)
-
-
-class _LlamaCpp:
-    """A file as llama.cpp runs it, through llama-cpp-python. What it keeps of earlier tokens is float32, as it is here."""
-
-    def __init__(self, path: Path, context: int) -> None:
-        library = importlib.import_module("llama_cpp")
-        self.model = library.Llama(
-            str(path), n_ctx=context, n_batch=context, logits_all=True, verbose=False, type_k=0, type_v=0, flash_attn=False, n_threads=1
-        )
-
-    def tokens(self, text: str) -> list[int]:
-        return list(self.model.tokenize(text.encode(), add_bos=False, special=True))
-
-    def scores(self, ids: Sequence[int]) -> Tensor:
-        self.model.reset()
-        self.model.eval(list(ids))
-        return torch.from_numpy(self.model.scores[: len(ids)].copy())
-
-    def go_on(self, prompt: Sequence[int], most: int) -> list[int]:
-        made: list[int] = []
-        scores = self.scores(prompt)
-        for _ in range(most):
-            made.append(int(scores[-1].argmax()))
-            self.model.eval(made[-1:])
-            read = len(prompt) + len(made)
-            scores = torch.from_numpy(self.model.scores[read - 1 : read].copy())
-        return made
