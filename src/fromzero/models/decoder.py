@@ -22,9 +22,10 @@ from fromzero.models.layers.documents import Documents, documents_of
 from fromzero.models.layers.experts import Experts
 from fromzero.models.layers.feedforward import FeedForward
 from fromzero.models.layers.norm import RMSNorm
+from fromzero.models.layers.packed import packed
 from fromzero.models.layers.rotary import Rope, rotate, turns
 
-Turn = tuple[Tensor, Tensor]  # cosines and sines, (N, 1, R/2) each
+Turn = tuple[Tensor, Tensor]  # what rotate takes, (N, 1, R) each
 
 
 @dataclass(frozen=True)
@@ -230,7 +231,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = config.norm_of(config.width)
-        self.head: nn.Linear | None = None
+        self.head: nn.Module | None = None
         if outputs is not None:
             self.head = nn.Linear(config.width, outputs, bias=False)
         elif not config.tied:
@@ -265,6 +266,22 @@ class Decoder(nn.Module):
             grown = torch.cat([old, old.mean(0, keepdim=True).expand(rows - len(old), *old.shape[1:])])
             setattr(module, kind, nn.Parameter(grown))
             setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
+
+    @torch.no_grad()
+    def pack(self, kind: str) -> None:
+        """From here on it is only read: its matrices become Packed, and what they took in memory is freed.
+
+        kind:  as there; the head keeps 8 bits where 4 are asked for, for what its rounding costs is more than all the rest
+        """
+        for module in [m for m in self.modules() if isinstance(m, SelfAttention | FeedForward)]:
+            for name, linear in [(n, m) for n, m in module.named_children() if type(m) is nn.Linear]:  # adapters stay as they are
+                setattr(module, name, packed(linear, kind))
+        head = self.head
+        if head is None:  # tied: the embedding reads the same matrix
+            head = nn.Linear(self.config.width, self.config.vocabulary, bias=False, device="meta")
+            head.weight = self.embedding.tokens.weight
+        self.head = packed(head, "int8" if kind == "int4" else kind, shared=self.head is None)
+        self.train(self.training)  # a new module is in training mode
 
     def forward(self, tokens: Tensor, offsets: Tensor | None) -> Tensor:
         """tokens: (N,) int64.  offsets: (B + 1,) int64; None: one document.  returns: (N, V), or (B, K) with outputs"""

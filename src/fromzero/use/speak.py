@@ -52,15 +52,16 @@ class Speaker:
         return encode_prompt(self.chat, messages, tools)
 
 
-def open_speaker(source: str, runs: Path) -> Speaker:
+def open_speaker(source: str, runs: Path, *, merge: bool = False) -> Speaker:
     """`run:NAME`, a folder, a file or any published source → a model that can speak, on the machine's device.
 
+    merge:  plain matrices stand in the place of a run's adapters
     raises: ModelError for a model that does not go on with text or has no tokenizer, SourceError where it is not there
     """
     start, inputs = find_start(source, (Path(),), runs), None
     if start.saved is not None:
         _refuse(start.saved.task in ("classify", "regress"), source, f"was trained to {start.saved.task}")
-        inputs, model = start.saved.preparation.inputs, start.saved.load()
+        inputs, model = start.saved.preparation.inputs, start.saved.load(merge=merge)
     else:
         published = published_of(start, source)
         family = FAMILIES.get(str(start.config.get("model_type")))

@@ -25,15 +25,17 @@ PATHS = ("plain", "documents", "varlen")
 class Bits:
     """The next tokens of the R documents of a cache, and where a layer that keeps C places of each puts them: position p at p mod C.
 
-    counts:   new tokens of each document
-    room:     C
-    places:   (M,) int64 into the R · C places, of the tokens that stay
-    staying:  (M,) int64, which of the new ones those are; None where all stay
-    read:     places of the document that fills the most of them
-    seen:     (R, 1, 1, read) bool, those that each document fills; None where all do
+    documents: R
+    size:      new tokens of all documents
+    room:      C
+    places:    (M,) int64 into the R · C places, of the tokens that stay
+    staying:   (M,) int64, which of the new ones those are; None where all stay
+    read:      places of the document that fills the most of them
+    seen:      (R, 1, 1, read) bool, those that each document fills; None where all do
     """
 
-    counts: tuple[int, ...]
+    documents: int
+    size: int
     room: int
     places: Tensor
     staying: Tensor | None
@@ -56,7 +58,7 @@ def bits_of(pasts: Sequence[int], counts: Sequence[int], room: int, device: torc
     if min(filled) < max(filled):
         seen = torch.arange(max(filled), device=device) < torch.tensor(filled, device=device)[:, None, None, None]  # (R, 1, 1, read)
     chosen = None if len(staying) == first else torch.tensor(staying, device=device)
-    return Bits(tuple(counts), room, torch.tensor(places, device=device), chosen, max(filled), seen)
+    return Bits(len(counts), first, room, torch.tensor(places, device=device), chosen, max(filled), seen)
 
 
 @dataclass
@@ -90,7 +92,7 @@ class Past:
 
 def _put(kept: Tensor | None, new: Tensor, bits: Bits) -> Tensor:
     if kept is None:  # zeros: what a mask leaves out is still multiplied by its weight of 0, and must be a number
-        kept = new.new_zeros(len(bits.counts), bits.room, *new.shape[1:])
+        kept = new.new_zeros(bits.documents, bits.room, *new.shape[1:])
     kept.flatten(0, 1).index_copy_(0, bits.places, new if bits.staying is None else new[bits.staying])
     return kept
 
@@ -116,11 +118,10 @@ class Attend(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, kept: Kept | None = None) -> Tensor:
         """q: (N, H, K)  k, v: (N, G, K), G divides H.  kept: added to, and seen too.  returns: (N, H, K)"""
         if kept is not None:
-            sizes = [sum(bits.counts) for _, bits in kept]
-            added = zip(kept, k.split(sizes), v.split(sizes), strict=True)
-            held = [(*past.add(keys, values, bits), bits.seen) for (past, bits), keys, values in added]
+            queries, keys, values = (t.split([bits.size for _, bits in kept]) if len(kept) > 1 else (t,) for t in (q, k, v))
+            held = [(*past.add(new, value, bits), bits.seen) for (past, bits), new, value in zip(kept, keys, values, strict=True)]
             if any(documents.pasts):
-                parts = [self._next(part, *one) for part, one in zip(q.split(sizes), held, strict=True)]
+                parts = [self._next(part, *one) for part, one in zip(queries, held, strict=True)]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.path == "varlen" and self.softcap is None:
             return self._varlen(q, k, v, documents)
