@@ -161,7 +161,7 @@ class Attend(nn.Module):
 
         The heads that share a key stand under each other as rows: no key is copied for each of them.
         """
-        q, k, v = q.unflatten(1, (k.shape[2], -1)), k.transpose(1, 2), v.transpose(1, 2)  # (R, G, H/G, K)  (R, G, T, K)
+        q, k, v = q.view(len(q), k.shape[2], -1, q.shape[2]), k.transpose(1, 2), v.transpose(1, 2)  # (R, G, H/G, K)  (R, G, T, K)
         if self.softcap is not None:
             return self._weigh(q, k, v, seen).flatten(1, 2)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale).flatten(1, 2)

@@ -38,7 +38,7 @@ def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """x: (…, D)  weight: (D,).  returns: the vectors normed, and what each was multiplied by, (…, 1)"""
     wide = torch.promote_types(x.dtype, torch.float32)
     size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # (…, 1)
-    inverse = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))
+    inverse = torch.rsqrt(size.mul_(size).div_(x.shape[-1]).add_(eps))
     return (x * inverse).mul_(weight).to(x.dtype), inverse
 
 
