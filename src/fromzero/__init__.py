@@ -355,6 +355,7 @@ def generate(
     max_tokens: int = 256,
     seed: int | None = 0,
     logprobs: int = 0,
+    quantize: str | None = None,
     runs: str | Path = "runs",
     **asked: Any,
 ) -> Any:
@@ -363,13 +364,15 @@ def generate(
     source:    `run:NAME`, a folder, a file or any published source
     prompt:    several are gone on with together; each one's text is the one that it gets alone
     logprobs:  so many of the likeliest tokens are told beside each; what is returned is then what `--json` prints
+    quantize:  int8 or int4 weights, on a CPU; refused where the next-token loss of a fixed text changes by more than 2 % or 3 %
     asked:     temperature=0.0 (0 takes the likeliest token), top_k, top_p, min_p: which tokens are drawn from; repetition_penalty=1.0;
                stop, texts that end it and are no part of it; schema, a JSON schema that it is held to (needs 'fromzero[schema]')
     returns:   the text; of several prompts a list of them
     """
-    from fromzero.use.speak import complete, open_speaker, speak
+    from fromzero.use.quantize import open_quick
+    from fromzero.use.speak import complete, speak
 
-    speaker, prompts = open_speaker(source, Path(runs)), [prompt] if isinstance(prompt, str) else prompt
+    (speaker, _), prompts = open_quick(source, Path(runs), quantize), [prompt] if isinstance(prompt, str) else prompt
     speeches = [complete(speaker, one, max_tokens=max_tokens, seed=seed, logprobs=logprobs, **asked) for one in prompts]
     for _ in speak(speeches):
         pass
@@ -384,18 +387,20 @@ def chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     max_tokens: int = 1024,
     seed: int | None = 0,
+    quantize: str | None = None,
     runs: str | Path = "runs",
     **asked: Any,
 ) -> str:
     """A model's answer to messages ({"role": "user", "content": …}), by its own chat template.
 
-    source, asked:  as in generate
+    source, quantize, asked: as in generate
     tools:          functions that the model may call, as the template writes them: {"type": "function", "function": {"name": …}}
     raises:         ModelError for a model without a template or with one that writes no tools, or messages longer than its context
     """
-    from fromzero.use.speak import converse, open_speaker
+    from fromzero.use.quantize import open_quick
+    from fromzero.use.speak import converse
 
-    speaker = open_speaker(source, Path(runs))
+    speaker, _ = open_quick(source, Path(runs), quantize)
     return "".join(converse(speaker, messages, tools, whole=True, max_tokens=max_tokens, seed=seed, **asked))
 
 

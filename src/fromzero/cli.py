@@ -44,6 +44,9 @@ Penalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1: t
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="a text that ends it, and is no part of it; may be repeated")]
 SchemaFile = Annotated[str | None, typer.Option(metavar="FILE", help="a JSON schema that what is written is held to")]
 Seed = Annotated[int, typer.Option(help="of what is drawn")]
+Quantize = Annotated[
+    str | None, typer.Option(metavar="KIND", help="int8 or int4 weights, on a CPU: quicker, and what that loses is measured")
+]
 
 
 def _answer(work: Callable[[], Any], as_json: bool, debug: bool, text: Callable[[Any], str]) -> None:
@@ -314,6 +317,7 @@ def generate(
     schema: SchemaFile = None,
     logprobs: Annotated[int, typer.Option(min=0, help="with --json: how many of the likeliest are told beside each token")] = 0,
     seed: Seed = 0,
+    quantize: Quantize = None,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
@@ -323,17 +327,21 @@ def generate(
     Several prompts are gone on with together; with --json: a list of such values."""
 
     def work() -> Any:
+        from fromzero.use.quantize import open_quick
         from fromzero.use.schema import read_schema
-        from fromzero.use.speak import complete, open_speaker, speak
+        from fromzero.use.speak import complete, speak
 
         drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "logprobs": logprobs}
         asked: dict[str, Any] = {**drawn, "repetition_penalty": repetition_penalty, "max_tokens": max_tokens, "stop": stop or ()}
         asked["schema"] = None if schema is None else read_schema(schema)
-        speaker = open_speaker(model, Path(runs))
-        speeches = [complete(speaker, one, **asked) for one in prompt]
+        speaker, cost = open_quick(model, Path(runs), quantize)
+        speeches, begun = [complete(speaker, one, **asked) for one in prompt], time.monotonic()
         for _, piece in speak(speeches):
             if not as_json and len(speeches) == 1:
                 print(piece, end="", flush=True)
+        if cost is not None:
+            made, ended = sum(len(speech.made) for speech in speeches), "" if as_json or len(speeches) > 1 else "\n"
+            print(f"{ended}{made / (time.monotonic() - begun):.1f} tokens/s, reading the prompt included; {cost}", file=sys.stderr)
         told = [speech.as_json() for speech in speeches]
         if len(told) == 1:
             return _Both(("", told[0]))
@@ -355,6 +363,7 @@ def chat(
     stop: Stop = None,
     schema: SchemaFile = None,
     seed: Seed = 0,
+    quantize: Quantize = None,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
@@ -362,14 +371,17 @@ def chat(
     """Talk with a model, through its own chat template; /help lists what else can be typed. In a pipe: one question a line."""
 
     def work() -> Any:
+        from fromzero.use.quantize import open_quick
         from fromzero.use.schema import read_schema
-        from fromzero.use.speak import open_speaker
         from fromzero.use.terminal import talk
 
         drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         asked: dict[str, Any] = {**drawn, "repetition_penalty": repetition_penalty, "max_tokens": max_tokens, "stop": stop or ()}
         asked["schema"] = None if schema is None else read_schema(schema)
-        return _Both(("", {"turns": talk(open_speaker(model, Path(runs)), system=system, quiet=as_json, **asked)}))
+        speaker, cost = open_quick(model, Path(runs), quantize)
+        if cost is not None:
+            print(cost, file=sys.stderr, flush=True)
+        return _Both(("", {"turns": talk(speaker, system=system, quiet=as_json, **asked)}))
 
     _answer(work, as_json, debug, str)
 
@@ -426,6 +438,7 @@ def serve(
     host: Annotated[str, typer.Option(help="the address to listen at; one that others reach needs --key-file")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free")] = 8080,
     key_file: Annotated[str | None, typer.Option(metavar="FILE", help="keys that may ask, one a line")] = None,
+    quantize: Quantize = None,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
@@ -440,7 +453,7 @@ def serve(
             print(line, file=sys.stderr, flush=True)
 
         keys = None if key_file is None else Path(key_file)
-        found = serve_model(model, Path(runs), host=host, port=port, key_file=keys, limits=Limits(), say=say)
+        found = serve_model(model, Path(runs), host=host, port=port, key_file=keys, quantize=quantize, limits=Limits(), say=say)
         return _Both((f"{found['requests']} requests answered", found))
 
     _answer(work, as_json, debug, str)

@@ -284,10 +284,10 @@ class Decoder(nn.Module):
             for name, linear in [(n, m) for n, m in module.named_children() if type(m) is nn.Linear]:  # adapters stay as they are
                 setattr(module, name, packed(linear, kind))
         head = self.head
-        if head is None:  # tied: the embedding reads the same matrix
+        if head is None:  # tied: the embedding keeps the matrix, and this is a second one
             head = nn.Linear(self.config.width, self.config.vocabulary, bias=False, device="meta")
             head.weight = self.embedding.tokens.weight
-        self.head = packed(head, "int8" if kind == "int4" else kind, shared=self.head is None)
+        self.head = packed(head, "int8" if kind == "int4" else kind)
         self.train(self.training)  # a new module is in training mode
 
     def forward(self, tokens: Tensor, offsets: Tensor | None) -> Tensor:
@@ -344,7 +344,7 @@ class Decoder(nn.Module):
         if longest > cache.room:
             cache.widen(room_for(longest))
         rooms = [past.places(cache.room) for past in cache.layers]
-        bits = {room: bits_of(pasts, counts, room, device) for room in set(rooms)}
+        bits = {room: bits_of(pasts, counts, self.config.kv_heads, room, device) for room in set(rooms)}
         return [(past, bits[room]) for past, room in zip(cache.layers, rooms, strict=True)]
 
     def _states(self, tokens: Tensor, documents: Documents, kept: Sequence[Kept | None]) -> Tensor:

@@ -3,7 +3,7 @@
 
 Where tokens are made one by one, each step multiplies every weight with one row, or as many as there are texts: reading the weights is
 what it costs. On a CPU only, where torch's kernels for this are; there are no gradients.
-Dims: N rows, I inputs, O outputs, P outputs filled up with zeros to a multiple of 16, G = I / 32 groups of inputs.
+Dims: N rows, I inputs, O outputs; filled up with zeros P outputs, a multiple of 16, and Q inputs, G = Q / 32 groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _onednn = torch.ops.mkldnn
 class Packed(nn.Module):
     """A Linear that is only read; `packed` makes it.
 
-    float32:  the same numbers in the order in which oneDNN reads them; as they lie where they are shared
+    float32:  the same numbers in the order in which oneDNN reads them
     int8:     whole numbers with a scale for each output, so that the largest is 127; arXiv:2208.07339 section 2
     int4:     whole numbers from 0 to 15 with a scale and a least value for each group of 32 inputs; inputs of both are rounded to
               bfloat16, sums are float32
@@ -29,15 +29,16 @@ class Packed(nn.Module):
     weight: Tensor
     scales: Tensor
 
-    def __init__(self, linear: nn.Linear, kind: str, *, shared: bool = False) -> None:
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
         super().__init__()
         self.outputs, self.kind = linear.out_features, kind
         weight = linear.weight.detach()
         self.bias = None if linear.bias is None else linear.bias.detach()
         if kind == "float32":
-            self.weight = weight if shared else _onednn._reorder_linear_weight(weight.contiguous(), ROWS)
+            self.weight = _onednn._reorder_linear_weight(weight.contiguous(), ROWS)
             return
-        weight = F.pad(weight, (0, 0, 0, -len(weight) % 16))  # (P, I): the kernels read beyond their end otherwise
+        self.short = -weight.shape[1] % GROUP
+        weight = F.pad(weight, (0, self.short, 0, -len(weight) % 16))  # (P, Q): the kernels read beyond their end otherwise
         self.weight, self.scales = _int8(weight) if kind == "int8" else _int4(weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,24 +47,24 @@ class Packed(nn.Module):
         if self.kind == "float32":
             y = _onednn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
             return y
-        short = x.bfloat16()
+        rounded = (F.pad(x, (0, self.short)) if self.short else x).bfloat16()
         if self.kind == "int8":
-            y = torch._weight_int8pack_mm(short, self.weight, self.scales).float()
+            y = torch._weight_int8pack_mm(rounded, self.weight, self.scales).float()
         else:
-            y = torch.ops.aten._weight_int4pack_mm_for_cpu(short, self.weight, GROUP, self.scales).float()
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(rounded, self.weight, GROUP, self.scales).float()
         y = y if y.shape[1] == self.outputs else y[:, : self.outputs]
         return y if self.bias is None else y + self.bias
 
 
 def _int8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """returns: (P, I) int8, and (P,) bfloat16"""
+    """weight: (P, Q).  returns: (P, Q) int8, and (P,) bfloat16"""
     scale = (weight.abs().amax(1) / 127).bfloat16()
     whole = (weight / scale.float().clamp(min=1e-30)[:, None]).round().clamp(-127, 127)
     return whole.to(torch.int8), scale
 
 
 def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """returns: what torch makes of (P, I) numbers, and (G, P, 2) bfloat16: of a number n comes (n - 8) · first + second"""
+    """weight: (P, Q).  returns: what torch makes of as many numbers, and (G, P, 2) bfloat16: of a number n comes (n - 8) · first + second"""
     groups = weight.unflatten(1, (-1, GROUP))  # (P, G, 32)
     least, most = groups.aminmax(dim=-1)
     scale = ((most - least) / 15).clamp(min=1e-30)
@@ -72,14 +73,10 @@ def _int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return packed, torch.stack([scale, least + 8 * scale], dim=-1).transpose(0, 1).contiguous().bfloat16()
 
 
-def packed(linear: nn.Module, kind: str, *, shared: bool = False) -> nn.Module:
-    """A Linear on a CPU → the kind that is asked for, or float32 where its inputs are no whole groups; anything else as it is.
-
-    shared:  another module reads the same weight, which therefore stays where it lies
-    """
+def packed(linear: nn.Module, kind: str) -> nn.Module:
+    """A float32 Linear on a CPU → the kind that is asked for; anything else as it is."""
     if not isinstance(linear, nn.Linear) or linear.weight.device.type != "cpu" or linear.weight.dtype != torch.float32:
         return linear
-    kind = kind if linear.in_features % GROUP == 0 else "float32"
     if kind == "float32" and not torch.backends.mkldnn.is_available():
         return linear
-    return Packed(linear, kind, shared=shared)
+    return Packed(linear, kind)
