@@ -359,6 +359,7 @@ def generate(
     max_tokens: int = 256,
     seed: int | None = 0,
     logprobs: int = 0,
+    quantize: str | None = None,
     engine: str = "fromzero",
     numbers: str | None = None,
     runs: str | Path = "runs",
@@ -369,6 +370,7 @@ def generate(
     source:    `run:NAME`, a folder, a file or any published source
     prompt:    several are gone on with together; each one's text is the one that it gets alone
     logprobs:  so many of the likeliest tokens are told beside each; what is returned is then what `--json` prints
+    quantize:  int8 or int4 weights, on a CPU; refused where the next-token loss of a fixed text changes by more than 2 % or 3 %
     engine:    who runs the model: fromzero, or llama.cpp (needs 'fromzero[llama]')
     numbers:   of the file that llama.cpp runs: q8_0 (the usual), f16, f32 or q4_0; None for a GGUF file: as it is
     asked:     temperature=0.0 (0 takes the likeliest token), top_k, top_p, min_p: which tokens are drawn from; repetition_penalty=1.0;
@@ -378,7 +380,10 @@ def generate(
     from fromzero.use.engine import open_with
     from fromzero.use.speak import complete, speak
 
-    speaker, prompts = open_with(engine, source, Path(runs), numbers=numbers), [prompt] if isinstance(prompt, str) else prompt
+    speaker, prompts = (
+        open_with(engine, source, Path(runs), quantize=quantize, numbers=numbers),
+        [prompt] if isinstance(prompt, str) else prompt,
+    )
     speeches = [complete(speaker, one, max_tokens=max_tokens, seed=seed, logprobs=logprobs, **asked) for one in prompts]
     for _ in speak(speeches):
         pass
@@ -393,6 +398,7 @@ def chat(
     tools: Sequence[Mapping[str, Any]] | None = None,
     max_tokens: int = 1024,
     seed: int | None = 0,
+    quantize: str | None = None,
     engine: str = "fromzero",
     numbers: str | None = None,
     runs: str | Path = "runs",
@@ -400,14 +406,14 @@ def chat(
 ) -> str:
     """A model's answer to messages ({"role": "user", "content": …}), by its own chat template.
 
-    source, engine, numbers, asked: as in generate
+    source, quantize, engine, numbers, asked: as in generate
     tools:          functions that the model may call, as the template writes them: {"type": "function", "function": {"name": …}}
     raises:         ModelError for a model without a template or with one that writes no tools, or messages longer than its context
     """
     from fromzero.use.engine import open_with
     from fromzero.use.speak import converse
 
-    speaker = open_with(engine, source, Path(runs), numbers=numbers)
+    speaker = open_with(engine, source, Path(runs), quantize=quantize, numbers=numbers)
     return "".join(converse(speaker, messages, tools, whole=True, max_tokens=max_tokens, seed=seed, **asked))
 
 

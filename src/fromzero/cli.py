@@ -44,6 +44,9 @@ Penalty = Annotated[float, typer.Option("--repetition-penalty", help="above 1: t
 Stop = Annotated[list[str] | None, typer.Option(metavar="TEXT", help="a text that ends it, and is no part of it; may be repeated")]
 SchemaFile = Annotated[str | None, typer.Option(metavar="FILE", help="a JSON schema that what is written is held to")]
 Seed = Annotated[int, typer.Option(help="of what is drawn")]
+Quantize = Annotated[
+    str | None, typer.Option(metavar="KIND", help="int8 or int4 weights, on a CPU: quicker, and what that loses is measured")
+]
 Engine = Annotated[str, typer.Option(help="who runs it: fromzero, or llama.cpp (pip install 'fromzero[llama]'; docs/generating.md)")]
 Numbers = Annotated[str | None, typer.Option(metavar="KIND", help="with llama.cpp: q8_0 (the usual), f16, f32 or q4_0")]
 
@@ -295,6 +298,7 @@ def generate(
     schema: SchemaFile = None,
     logprobs: Annotated[int, typer.Option(min=0, help="with --json: how many of the likeliest are told beside each token")] = 0,
     seed: Seed = 0,
+    quantize: Quantize = None,
     engine: Engine = "fromzero",
     numbers: Numbers = None,
     runs: Runs = "runs",
@@ -314,11 +318,14 @@ def generate(
         drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed, "logprobs": logprobs}
         asked: dict[str, Any] = {**drawn, "repetition_penalty": repetition_penalty, "max_tokens": max_tokens, "stop": stop or ()}
         asked["schema"] = None if schema is None else read_schema(schema)
-        speaker = open_with(engine, model, Path(runs), numbers=numbers, say=say)
-        speeches = [complete(speaker, one, **asked) for one in prompt]
+        speaker = open_with(engine, model, Path(runs), quantize=quantize, numbers=numbers, say=say)
+        speeches, begun = [complete(speaker, one, **asked) for one in prompt], time.monotonic()
         for _, piece in speak(speeches):
             if not as_json and len(speeches) == 1:
                 print(piece, end="", flush=True)
+        if quantize is not None or engine != "fromzero":
+            speed = sum(len(speech.made) for speech in speeches) / (time.monotonic() - begun)
+            say(f"{'' if as_json or len(speeches) > 1 else chr(10)}{speed:.1f} tokens/s, reading the prompt included")
         told = [speech.as_json() for speech in speeches]
         if len(told) == 1:
             return _Both(("", told[0]))
@@ -340,6 +347,7 @@ def chat(
     stop: Stop = None,
     schema: SchemaFile = None,
     seed: Seed = 0,
+    quantize: Quantize = None,
     engine: Engine = "fromzero",
     numbers: Numbers = None,
     runs: Runs = "runs",
@@ -356,7 +364,7 @@ def chat(
         drawn = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
         asked: dict[str, Any] = {**drawn, "repetition_penalty": repetition_penalty, "max_tokens": max_tokens, "stop": stop or ()}
         asked["schema"] = None if schema is None else read_schema(schema)
-        speaker = open_with(engine, model, Path(runs), numbers=numbers, say=say)
+        speaker = open_with(engine, model, Path(runs), quantize=quantize, numbers=numbers, say=say)
         return _Both(("", {"turns": talk(speaker, system=system, quiet=as_json, **asked)}))
 
     _answer(work, as_json, debug, str)
@@ -414,6 +422,7 @@ def serve(
     host: Annotated[str, typer.Option(help="the address to listen at; one that others reach needs --key-file")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free")] = 8080,
     key_file: Annotated[str | None, typer.Option(metavar="FILE", help="keys that may ask, one a line")] = None,
+    quantize: Quantize = None,
     runs: Runs = "runs",
     as_json: AsJson = False,
     debug: Debug = False,
@@ -426,7 +435,7 @@ def serve(
         from fromzero.use.terminal import say
 
         keys = None if key_file is None else Path(key_file)
-        found = serve_model(model, Path(runs), host=host, port=port, key_file=keys, limits=Limits(), say=say)
+        found = serve_model(model, Path(runs), host=host, port=port, key_file=keys, quantize=quantize, limits=Limits(), say=say)
         return _Both((f"{found['requests']} requests answered", found))
 
     _answer(work, as_json, debug, str)

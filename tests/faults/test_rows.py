@@ -27,7 +27,7 @@ from fromzero.data.tokens import byte_pairs
 from fromzero.errors import DataError
 from fromzero.weights import open_pretrained
 from fromzero.weights.tensors import check_fit
-from tests.use.test_commands import fromzero
+from tests.conftest import fromzero
 
 TABLE = "task: classify\nmodel: mlp\nmetrics: auto\nbatch: 4\nsteps: 2\ncertificate: off\n"
 TALK = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}

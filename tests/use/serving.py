@@ -88,7 +88,7 @@ def in_process(source: str, runs: Path = Path("runs"), *, keys: tuple[bytes, ...
     from fromzero.use.serve.limits import Limits
     from fromzero.use.serve.opened import open_model
 
-    opened = open_model(source, runs)
+    opened, _ = open_model(source, runs)
     app = make_app(opened, Limits(**limits), keys)
     with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
         client.gate, client.opened = app, opened

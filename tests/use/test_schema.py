@@ -13,7 +13,7 @@ from fromzero.data import tokens as tk
 from fromzero.models.decoder_families import DECODERS, decoder_config
 from fromzero.use.schema import LONGEST, Rule, read_schema, rule_of
 from fromzero.use.speak import Speaker, complete, speak
-from tests.use.test_commands import fromzero
+from tests.conftest import fromzero
 
 
 def needed(name: str) -> Any:

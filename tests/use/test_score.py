@@ -10,8 +10,8 @@ import fromzero as fz
 import fromzero.use.score as scoring
 from fromzero.use.score import score
 from fromzero.use.speak import Speaker, open_speaker
+from tests.conftest import fromzero
 from tests.use.conftest import BLUE, CONTEXT, FRANCE, PARIS, SKY, turns
-from tests.use.test_commands import fromzero
 
 
 @pytest.fixture(scope="module")

@@ -24,9 +24,9 @@ import fromzero as fz
 from fromzero.data import tokens as tk
 from fromzero.models.scores import scores_at
 from fromzero.models.together import Batch, Made
+from tests.conftest import fromzero
 from tests.use.conftest import BLUE, FRANCE, JAPAN, PARIS, SKY, TEMPLATE, TOKYO, turns
 from tests.use.serving import HI, in_process, random_encoder, random_talker, trained_predictors
-from tests.use.test_commands import fromzero
 
 from fromzero.use.serve.asked import Chat, check  # isort: skip
 from fromzero.use.serve.choices import CALL, Choice, read_calls  # isort: skip

@@ -12,8 +12,8 @@ import fromzero.use.speak as speaking
 from fromzero.data import tokens as tk
 from fromzero.models.scores import scores_at
 from fromzero.use.speak import complete, converse, open_speaker, speak
+from tests.conftest import fromzero
 from tests.use.conftest import BLUE, FRANCE, PARIS, SKY, Terminal, turns
-from tests.use.test_commands import fromzero
 from tests.use.test_speak import command
 
 ASKED = [f"<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n" for question in (FRANCE, SKY)]

@@ -17,8 +17,8 @@ from fromzero.data import tokens as tk
 from fromzero.models.scores import scores_at
 from fromzero.use.speak import complete, converse, open_speaker
 from fromzero.use.spelling import as_text
+from tests.conftest import Done, fromzero
 from tests.use.conftest import BLUE, CONTEXT, FRANCE, JAPAN, PARIS, SKY, TEMPLATE, TOKYO, Terminal, turns
-from tests.use.test_commands import Done, fromzero
 
 MANY = "naïve 東京 🎉👩‍👩‍👧  end\n\n ·"
 

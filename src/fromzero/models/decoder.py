@@ -22,9 +22,10 @@ from fromzero.models.layers.documents import Documents, documents_of
 from fromzero.models.layers.experts import Experts
 from fromzero.models.layers.feedforward import FeedForward
 from fromzero.models.layers.norm import RMSNorm
+from fromzero.models.layers.packed import packed
 from fromzero.models.layers.rotary import Rope, rotate, turns
 
-Turn = tuple[Tensor, Tensor]  # cosines and sines, (N, 1, R/2) each
+Turn = tuple[Tensor, Tensor]  # what rotate takes, (N, 1, R) each
 
 
 @dataclass(frozen=True)
@@ -160,26 +161,29 @@ class SelfAttention(nn.Module):
     def __init__(self, config: DecoderConfig, layer: Layer) -> None:
         super().__init__()
         self.head_width, self.interleaved = config.head_width, layer.rope is not None and layer.rope.interleaved
-        self.sizes = [heads * config.head_width for heads in (config.heads, config.kv_heads, config.kv_heads)]
-        self.qkv = nn.Linear(config.width, sum(self.sizes), bias=config.qkv_bias)
-        normed = self.sizes[:2] if config.qk_norm == "projection" else [config.head_width] * 2
+        self.heads = [config.heads, config.kv_heads]
+        sizes = [heads * config.head_width for heads in self.heads]
+        self.qkv = nn.Linear(config.width, sum(sizes) + sizes[1], bias=config.qkv_bias)
+        normed = sizes if config.qk_norm == "projection" else [config.head_width] * 2
         self.q_norm, self.k_norm = (nn.Identity() if config.qk_norm == "none" else config.norm_of(width) for width in normed)
         self.is_normed, self.normed = config.qk_norm != "none", normed
         reach = None if layer.window is None else layer.window - 1
         self.attend = Attend(causal=True, reach=reach, scale=config.attention_scale, softcap=config.attention_cap)
-        self.out = nn.Linear(self.sizes[0], config.width, bias=config.out_bias)
+        self.out = nn.Linear(sizes[0], config.width, bias=config.out_bias)
 
     def forward(self, x: Tensor, documents: Documents, turn: Turn | None, kept: Kept | None = None) -> Tensor:
         """x: (N, D).  returns: (N, D)"""
-        both, v = self.qkv(x).split([sum(self.sizes[:2]), self.sizes[2]], dim=-1)
-        v = v.unflatten(-1, (-1, self.head_width))  # (N, G, K)
+        heads, kv_heads = self.heads
+        every = self.qkv(x).view(len(x), -1, self.head_width)  # (N, H + 2 G, K)
+        both, v = every[:, :-kv_heads], every[:, -kv_heads:]
         if self.is_normed:
-            parts = zip((self.q_norm, self.k_norm), both.split(self.sizes[:2], dim=-1), self.normed, strict=True)
-            both = torch.cat([norm(part.unflatten(-1, (-1, width))).flatten(1) for norm, part, width in parts], dim=-1)
-        both = both.unflatten(-1, (-1, self.head_width))  # (N, H + G, K): queries and keys are turned in one go
-        if turn is not None:
+            parts = zip((self.q_norm, self.k_norm), both.split(self.heads, dim=1), self.normed, strict=True)
+            both = torch.cat(
+                [norm(part.reshape(len(x), -1, width)).view(len(x), -1, self.head_width) for norm, part, width in parts], dim=1
+            )
+        if turn is not None:  # queries and keys are turned in one go
             both = rotate(both, *turn, interleaved=self.interleaved)
-        q, k = both.split([size // self.head_width for size in self.sizes[:2]], dim=1)  # (N, H, K)  (N, G, K)
+        q, k = both[:, :heads], both[:, heads:]  # (N, H, K)  (N, G, K)
         mixed = self.attend(q.to(v.dtype), k.to(v.dtype), v, documents, kept)  # autocast norms and turns in float32
         out: Tensor = self.out(mixed.flatten(1))
         return out
@@ -193,7 +197,7 @@ class Block(nn.Module):
         before, after = config.norm_place != "post", config.norm_place != "pre"
         self.before_attention = config.norm_of(config.width) if before else nn.Identity()
         self.attention = SelfAttention(config, layer)
-        self.after_attention = config.norm_of(config.width) if after else nn.Identity()
+        self.after_attention = config.norm_of(config.width) if after else None
         self.before_mlp = config.norm_of(config.width) if before else nn.Identity()
         self.mlp: nn.Module
         if layer.experts:
@@ -207,14 +211,18 @@ class Block(nn.Module):
             )
         else:
             self.mlp = FeedForward(config.width, config.hidden, activation=config.activation, gated=config.gated, bias=config.mlp_bias)
-        self.after_mlp = config.norm_of(config.width) if after else nn.Identity()
+        self.after_mlp = config.norm_of(config.width) if after else None
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, documents: Documents, turn: Turn | None, kept: Kept | None = None) -> Tensor:
         """x: (N, D).  returns: (N, D)"""
-        x = x + self.dropout(self.after_attention(self.attention(self.before_attention(x), documents, turn, kept)))
-        added: Tensor = self.dropout(self.after_mlp(self.mlp(self.before_mlp(x))))
-        return x + added
+        x = self._add(x, self.attention(self.before_attention(x), documents, turn, kept), self.after_attention)
+        return self._add(x, self.mlp(self.before_mlp(x)), self.after_mlp)
+
+    def _add(self, x: Tensor, added: Tensor, norm: nn.Module | None) -> Tensor:
+        """What would do nothing is not called: making one token is hundreds of short calls."""
+        added = added if norm is None else norm(added)
+        return x + self.dropout(added) if self.dropout.training else x + added
 
 
 class Decoder(nn.Module):
@@ -230,7 +238,7 @@ class Decoder(nn.Module):
         self.embedding = Embedding(config)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in config.layers)
         self.norm = config.norm_of(config.width)
-        self.head: nn.Linear | None = None
+        self.head: nn.Module | None = None
         if outputs is not None:
             self.head = nn.Linear(config.width, outputs, bias=False)
         elif not config.tied:
@@ -265,6 +273,22 @@ class Decoder(nn.Module):
             grown = torch.cat([old, old.mean(0, keepdim=True).expand(rows - len(old), *old.shape[1:])])
             setattr(module, kind, nn.Parameter(grown))
             setattr(module, "num_embeddings" if isinstance(module, nn.Embedding) else "out_features", rows)
+
+    @torch.no_grad()
+    def pack(self, kind: str) -> None:
+        """From here on it is only read: its matrices become Packed, and what they took in memory is freed.
+
+        kind:  as there; the head keeps 8 bits where 4 are asked for, for what its rounding costs is more than all the rest
+        """
+        for module in [m for m in self.modules() if isinstance(m, SelfAttention | FeedForward)]:
+            for name, linear in [(n, m) for n, m in module.named_children() if type(m) is nn.Linear]:  # adapters stay as they are
+                setattr(module, name, packed(linear, kind))
+        head = self.head
+        if head is None:  # tied: the embedding keeps the matrix, and this is a second one
+            head = nn.Linear(self.config.width, self.config.vocabulary, bias=False, device="meta")
+            head.weight = self.embedding.tokens.weight
+        self.head = packed(head, "int8" if kind == "int4" else kind)
+        self.train(self.training)  # a new module is in training mode
 
     def forward(self, tokens: Tensor, offsets: Tensor | None) -> Tensor:
         """tokens: (N,) int64.  offsets: (B + 1,) int64; None: one document.  returns: (N, V), or (B, K) with outputs"""
@@ -320,7 +344,7 @@ class Decoder(nn.Module):
         if longest > cache.room:
             cache.widen(room_for(longest))
         rooms = [past.places(cache.room) for past in cache.layers]
-        bits = {room: bits_of(pasts, counts, room, device) for room in set(rooms)}
+        bits = {room: bits_of(pasts, counts, self.config.kv_heads, room, device) for room in set(rooms)}
         return [(past, bits[room]) for past, room in zip(cache.layers, rooms, strict=True)]
 
     def _states(self, tokens: Tensor, documents: Documents, kept: Sequence[Kept | None]) -> Tensor:

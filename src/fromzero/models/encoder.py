@@ -24,7 +24,7 @@ from fromzero.models.layers.rotary import angles, rotate
 POOLINGS = ("mean", "first", "pooler")
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU, "tanh": nn.Tanh}  # as config files name them
 ACTIVATIONS["gelu_new"] = partial(nn.GELU, approximate="tanh")
-Turn = tuple[Tensor, Tensor]  # cosines and sines, (N, 1, R) each
+Turn = tuple[Tensor, Tensor]  # what rotate takes, (N, 1, R) each
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor
 def draw(
     scores: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator, min_p: float | None = None
 ) -> int:
-    """scores: (V,) float64; the rest as in Sampling.  returns: the id of one token"""
+    """scores: (V,); the rest as in Sampling.  returns: the id of one token"""
     if temperature == 0:
         return int(scores.argmax())
-    shares, order = shares_of(scores, temperature, top_k, top_p, min_p)
+    shares, order = shares_of(scores.double(), temperature, top_k, top_p, min_p)
     return int(order[torch.multinomial(shares, 1, generator=generator)])
 
 

@@ -154,14 +154,15 @@ class Batch:
         try:
             with reading(self.model, self._learning):
                 numbers, scores = self._decoded() if isinstance(self.model, Decoder) else self._read_whole()
-            scores = scores.double().cpu()  # waits for the device
-            if scores.isnan().any():
+            totals = scores.logsumexp(dim=1).tolist()  # waits for the device
+            scores = scores.cpu()
+            if any(map(math.isnan, totals)):
                 raise NumbersError("the model's scores are no numbers", mend="its weights may be broken: fetch or train it anew")
         except BaseException:
             self._shelves.clear()  # what was read of which text is not sure now: all are read anew
             raise
-        rows = dict(zip(numbers, scores, strict=True))
-        made = [self._made(number, text, rows[number], masks.get(number)) for number, text in self._texts.items()]
+        rows = {number: (row, total) for number, row, total in zip(numbers, scores, totals, strict=True)}
+        made = [self._made(number, text, *rows[number], masks.get(number)) for number, text in self._texts.items()]
         gone = {one.number for one in made if one.ended}
         for number in gone:
             del self._texts[number]
@@ -175,6 +176,7 @@ class Batch:
         _, offsets = end_to_end(texts, torch.device("cpu"))
         return list(self._texts), scores_at(self.model, texts, (offsets[1:] - 1).tolist())
 
+    @torch.inference_mode()  # each of the many small calls is shorter than without gradients alone
     def _decoded(self) -> tuple[list[int], Tensor]:
         """returns: numbers, and (S, V) scores of each one's next token"""
         model, device = self.model, device_of(self.model)
@@ -220,10 +222,9 @@ class Batch:
             elif len(rows) < len(shelf.numbers):
                 self._shelves[room] = _Shelf(shelf.cache.part(rows), [shelf.numbers[row] for row in rows])
 
-    def _made(self, number: int, text: _Text, scores: Tensor, mask: Tensor | None) -> Made:
-        """scores: (V,) float64"""
-        asked = text.sampling
-        logs = scores.log_softmax(dim=0)
+    def _made(self, number: int, text: _Text, scores: Tensor, total: float, mask: Tensor | None) -> Made:
+        """scores: (V,).  total: the logarithm of the sum of their exponentials"""
+        asked, seen = text.sampling, scores
         if asked.repetition_penalty != 1:
             scores = penalised(scores, text.ids, asked.repetition_penalty)
         if mask is not None:
@@ -233,10 +234,10 @@ class Batch:
             if not scores.isfinite().any():
                 return Made(number, NOTHING, 0.0, (), "stop")
         token = draw(scores, asked.temperature, asked.top_k, asked.top_p, text.generator, asked.min_p)
-        best = logs.topk(min(asked.logprobs, len(logs))) if asked.logprobs else None
-        likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best is not None else ()
+        logprob, (values, ids) = float(seen[token]) - total, seen.topk(min(asked.logprobs, len(seen)))
+        likeliest = tuple((other, value - total) for other, value in zip(ids.tolist(), values.tolist(), strict=True))
         if token in self.stops:
-            return Made(number, token, float(logs[token]), likeliest, "stop")
+            return Made(number, token, logprob, likeliest, "stop")
         text.ids.append(token)
         full = "length" if len(text.ids) - text.begun >= asked.most else "context" if len(text.ids) >= self.context else ""
-        return Made(number, token, float(logs[token]), likeliest, full)
+        return Made(number, token, logprob, likeliest, full)

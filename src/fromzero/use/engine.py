@@ -15,7 +15,8 @@ from fromzero.runner.saved import SavedModel
 from fromzero.sources.cache import cache_folder, locked, make_room
 from fromzero.use.export import export
 from fromzero.use.llama import LlamaCpp, library
-from fromzero.use.speak import Speaker, open_speaker, speaker_of, start_of_speech
+from fromzero.use.quantize import open_quick
+from fromzero.use.speak import Speaker, speaker_of, start_of_speech
 from fromzero.weights import locate
 from fromzero.weights.peft import CONFIG
 
@@ -24,13 +25,20 @@ USUAL = "q8_0"
 
 
 def open_with(
-    engine: str, source: str, runs: Path, *, numbers: str | None = None, say: Callable[[str], None] = lambda line: None
+    engine: str,
+    source: str,
+    runs: Path,
+    *,
+    quantize: str | None = None,
+    numbers: str | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Speaker:
     """A model that can speak, run by fromzero or by llama.cpp: text, tokens, template, ends and the choice of each token are the same.
 
+    quantize: int8 or int4, of fromzero's own
     numbers:  of the GGUF file that llama.cpp runs; None: USUAL, or those of the source where it is such a file already
-    say:      hears in one line what is run
-    raises:   UserError for another engine, or numbers without llama.cpp; what open_speaker, export and LlamaCpp raise
+    say:      hears in one line what is run, or what quantising costs
+    raises:   UserError for another engine, or what belongs to the other one; what open_quick, export and LlamaCpp raise
     """
     if engine not in ENGINES:
         raise UserError(f"'{engine}' is no engine", mend=did_you_mean(engine, ENGINES) or f"there is {', '.join(ENGINES)}", key="engine")
@@ -38,7 +46,12 @@ def open_with(
         if numbers is not None:
             why = "fromzero runs the numbers that the model has"
             raise UserError(f"numbers {numbers} are of another engine", why=why, mend="--engine llama.cpp", key="numbers")
-        return open_speaker(source, runs)
+        speaker, cost = open_quick(source, runs, quantize)
+        if cost is not None:
+            say(str(cost))
+        return speaker
+    if quantize is not None:
+        raise UserError(f"--quantize {quantize} is of fromzero's own engine", mend="--numbers q8_0 or q4_0", key="engine")
     version = library().__version__
     start = start_of_speech(source, runs)
     path = start.saved.folder if start.saved is not None else locate(source)[0]

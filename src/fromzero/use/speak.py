@@ -65,14 +65,15 @@ class Speaker:
         return Renderer(self.chat.template, self.chat.special)
 
 
-def open_speaker(source: str, runs: Path) -> Speaker:
+def open_speaker(source: str, runs: Path, *, merge: bool = False) -> Speaker:
     """`run:NAME`, a folder, a file or any published source → a model that can speak, on the machine's device.
 
+    merge:  plain matrices stand in the place of a run's adapters
     raises: ModelError for a model that does not go on with text or has no tokenizer, SourceError where it is not there
     """
     start = start_of_speech(source, runs)
     if start.saved is not None:
-        return speaker_of(source, start, start.saved.load())
+        return speaker_of(source, start, start.saved.load(merge=merge))
     return speaker_of(source, start, build_published(published_of(start, source), {}, per_token=True)[0].eval())
 
 

@@ -23,30 +23,30 @@ from fromzero.models.layers.documents import Documents, Group
 class Bits:
     """The next tokens of the R documents of a cache, and where a layer that keeps C places of each puts them: position p at p mod C.
 
-    counts:   new tokens of each document
-    room:     C
-    places:   (M,) int64 into the R · C places, of the tokens that stay
-    staying:  (M,) int64, which of the new ones those are; None where all stay
-    read:     places of the document that fills the most of them
-    seen:     (R, 1, 1, read) bool, those that each document fills; None where all do
+    shape:     (R, G, C) of what is kept
+    size:      new tokens of all documents
+    places:    (M · G,) int64 into the R · G · C places, of the tokens that stay
+    staying:   (M,) int64, which of the new ones those are; None where all stay
+    read:      places of the document that fills the most of them
+    seen:      (R, 1, 1, read) bool, those that each document fills; None where all do
     """
 
-    counts: tuple[int, ...]
-    room: int
+    shape: tuple[int, int, int]
+    size: int
     places: Tensor
     staying: Tensor | None
     read: int
     seen: Tensor | None
 
 
-def bits_of(pasts: Sequence[int], counts: Sequence[int], room: int, device: torch.device) -> Bits:
-    """pasts: tokens of each document that were read before"""
+def bits_of(pasts: Sequence[int], counts: Sequence[int], heads: int, room: int, device: torch.device) -> Bits:
+    """pasts: tokens of each document that were read before.  heads, room: G and C"""
     places: list[int] = []
     staying: list[int] = []
     first = 0
     for row, (past, count) in enumerate(zip(pasts, counts, strict=True)):
         gone = max(count - room, 0)
-        places += [row * room + position % room for position in range(past + gone, past + count)]
+        places += [row * heads * room + position % room for position in range(past + gone, past + count)]
         staying += range(first + gone, first + count)
         first += count
     filled = [min(past + count, room) for past, count in zip(pasts, counts, strict=True)]
@@ -54,12 +54,13 @@ def bits_of(pasts: Sequence[int], counts: Sequence[int], room: int, device: torc
     if min(filled) < max(filled):
         seen = torch.arange(max(filled), device=device) < torch.tensor(filled, device=device)[:, None, None, None]  # (R, 1, 1, read)
     chosen = None if len(staying) == first else torch.tensor(staying, device=device)
-    return Bits(tuple(counts), room, torch.tensor(places, device=device), chosen, max(filled), seen)
+    every = torch.tensor(places, device=device)[:, None] + room * torch.arange(heads, device=device)  # (M, G)
+    return Bits((len(counts), heads, room), first, every.flatten(), chosen, max(filled), seen)
 
 
 @dataclass
 class Past:
-    """What one layer keeps of the R documents of a cache: keys and values, (R, C, G, K) each.
+    """What one layer keeps of the R documents of a cache: keys and values, (R, G, C, K) each.
 
     C is never more than the window: of a document that is longer the last C tokens stay, in a ring.
     """
@@ -73,13 +74,13 @@ class Past:
         return room if self.window is None else min(room, self.window)
 
     def add(self, k: Tensor, v: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-        """k, v: (N, G, K) of the new tokens.  returns: what is kept of all, (R, read, G, K) each"""
+        """k, v: (N, G, K) of the new tokens.  returns: what is kept of all, (R, G, read, K) each"""
         self.k, self.v = _put(self.k, k, bits), _put(self.v, v, bits)
-        return self.k[:, : bits.read], self.v[:, : bits.read]
+        return self.k[:, :, : bits.read], self.v[:, :, : bits.read]
 
     def widen(self, room: int) -> None:
         places = self.places(room)
-        self.change(lambda t: F.pad(t, (0, 0, 0, 0, 0, places - t.shape[1])))
+        self.change(lambda t: F.pad(t, (0, 0, 0, places - t.shape[2])))
 
     def change(self, how: Callable[[Tensor], Tensor]) -> None:
         if self.k is not None and self.v is not None:
@@ -88,8 +89,8 @@ class Past:
 
 def _put(kept: Tensor | None, new: Tensor, bits: Bits) -> Tensor:
     if kept is None:  # zeros: what a mask leaves out is still multiplied by its weight of 0, and must be a number
-        kept = new.new_zeros(len(bits.counts), bits.room, *new.shape[1:])
-    kept.flatten(0, 1).index_copy_(0, bits.places, new if bits.staying is None else new[bits.staying])
+        kept = new.new_zeros(*bits.shape, new.shape[2])
+    kept.view(-1, new.shape[2]).index_copy_(0, bits.places, (new if bits.staying is None else new[bits.staying]).flatten(0, 1))
     return kept
 
 
@@ -114,11 +115,10 @@ class Attend(nn.Module):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, documents: Documents, kept: Kept | None = None) -> Tensor:
         """q: (N, H, K)  k, v: (N, G, K), G divides H.  kept: added to, and seen too.  returns: (N, H, K)"""
         if kept is not None:
-            sizes = [sum(bits.counts) for _, bits in kept]
-            added = zip(kept, k.split(sizes), v.split(sizes), strict=True)
-            held = [(*past.add(keys, values, bits), bits.seen) for (past, bits), keys, values in added]
+            queries, keys, values = (t.split([bits.size for _, bits in kept]) if len(kept) > 1 else (t,) for t in (q, k, v))
+            held = [(*past.add(new, value, bits), bits.seen) for (past, bits), new, value in zip(kept, keys, values, strict=True)]
             if any(documents.pasts):
-                parts = [self._next(part, *one) for part, one in zip(q.split(sizes), held, strict=True)]
+                parts = [self._next(part, *one) for part, one in zip(queries, held, strict=True)]
                 return parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.path == "varlen" and self.softcap is None:
             return self._varlen(q, k, v, documents)
@@ -154,14 +154,11 @@ class Attend(nn.Module):
         return (k, v) if repeats == 1 else (k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1))
 
     def _next(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-        """One token of each document.  q: (R, H, K)  k, v: (R, T, G, K)  seen: (R, 1, 1, T).  returns: (R, H, K)
-
-        The heads that share a key stand under each other as rows: no key is copied for each of them.
-        """
-        q, k, v = q.unflatten(1, (k.shape[2], -1)), k.transpose(1, 2), v.transpose(1, 2)  # (R, G, H/G, K)  (R, G, T, K)
-        if self.softcap is not None:
-            return self._weigh(q, k, v, seen).flatten(1, 2)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=self.scale).flatten(1, 2)
+        """One token of each document.  q: (R, H, K)  k, v: (R, G, T, K)  seen: (R, 1, 1, T).  returns: (R, H, K)"""
+        if self.softcap is not None:  # the heads that share a key stand under each other as rows: no key is copied for each
+            return self._weigh(q.view(len(q), k.shape[1], -1, q.shape[2]), k, v, seen).flatten(1, 2)
+        shared = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen, scale=self.scale, enable_gqa=shared)[:, :, 0]
 
     def _visible(self, positions: Tensor, owner: Tensor | None = None) -> Tensor:
         """(T, T) bool: whether a row's token sees a column's"""

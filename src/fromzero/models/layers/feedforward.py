@@ -44,9 +44,20 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, D).  returns: (N, D)"""
         wide = self.up(x)  # (N, F), or gated (N, 2 F)
-        hidden = _Gate.apply(wide, self.activation) if self.gated else ACTIVATIONS[self.activation](wide)  # type: ignore[no-untyped-call]
+        if not self.gated:
+            hidden = ACTIVATIONS[self.activation](wide)
+        elif torch.is_grad_enabled():
+            hidden = _Gate.apply(wide, self.activation)  # type: ignore[no-untyped-call]
+        else:
+            hidden = _gated(wide, self.activation)
         out: Tensor = self.down(hidden)
         return out
+
+
+def _gated(wide: Tensor, activation: str) -> Tensor:
+    """wide: (N, 2 F), the gate's half first.  returns: (N, F)"""
+    gate, up = wide.chunk(2, dim=-1)
+    return ACTIVATIONS[activation](gate).mul_(up)
 
 
 class _Gate(torch.autograd.Function):
@@ -57,8 +68,7 @@ class _Gate(torch.autograd.Function):
         """wide: (N, 2 F), the gate's half first"""
         ctx.save_for_backward(wide)
         ctx.activation = activation
-        gate, up = wide.chunk(2, dim=-1)  # (N, F) each
-        return ACTIVATIONS[activation](gate).mul_(up)
+        return _gated(wide, activation)
 
     @staticmethod
     @once_differentiable

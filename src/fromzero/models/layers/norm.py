@@ -27,8 +27,19 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (…, D).  returns: (…, D)"""
         weight = self.weight + self.offset if self.offset else self.weight
-        normed: Tensor = _RMS.apply(x.to(weight.dtype), weight, self.eps)  # type: ignore[no-untyped-call]  # autocast may bring a shorter type
+        x = x.to(weight.dtype)  # autocast may bring a shorter type
+        if not torch.is_grad_enabled():  # for a few rows autograd's own work takes longer than all of this
+            return _normed(x, weight, self.eps)[0]
+        normed: Tensor = _RMS.apply(x, weight, self.eps)  # type: ignore[no-untyped-call]
         return normed
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x: (…, D)  weight: (D,).  returns: the vectors normed, and what each was multiplied by, (…, 1)"""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # (…, 1)
+    inverse = torch.rsqrt(size.mul_(size).div_(x.shape[-1]).add_(eps))
+    return (x * inverse).mul_(weight).to(x.dtype), inverse
 
 
 class _RMS(torch.autograd.Function):
@@ -37,11 +48,9 @@ class _RMS(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         """x: (…, D)  weight: (D,)"""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)  # (…, 1)
-        inverse = torch.rsqrt(size.square_().div_(x.shape[-1]).add_(eps))
+        normed, inverse = _normed(x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
-        return (x * inverse).mul_(weight).to(x.dtype)
+        return normed
 
     @staticmethod
     @once_differentiable

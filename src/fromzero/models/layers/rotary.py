@@ -35,7 +35,7 @@ class Rope:
 
 
 def turns(rope: Rope, documents: Documents, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The cosines and sines of all tokens, (N, 1, R/2) each; a document's length decides, not its batch."""
+    """What rotate takes, (N, 1, R) each; a document's length decides, not its batch."""
     wide, places = dtype if dtype == torch.float64 else torch.float32, documents.positions
     inverse = _on_device(rope.frequencies, wide, places.device)  # (R/2,)
     if rope.far and documents.longest > rope.limit:
@@ -43,7 +43,7 @@ def turns(rope: Rope, documents: Documents, *, dtype: torch.dtype) -> tuple[Tens
         lengths = lengths + torch.tensor(documents.pasts, device=lengths.device) if documents.pasts else lengths
         long = lengths[documents.owner] > rope.limit  # (N,)
         inverse = torch.where(long[:, None, None], _on_device(rope.far, wide, places.device), inverse)  # (N, 1, R/2)
-    return angles(places, inverse, magnitude=rope.magnitude, dtype=dtype)
+    return angles(places, inverse, magnitude=rope.magnitude, dtype=dtype, interleaved=rope.interleaved)
 
 
 @lru_cache(maxsize=32)
@@ -82,26 +82,28 @@ def stretch_yarn(
     return tuple(f * (k + (1 - k) / factor) for f, k in zip(plain, kept, strict=True))
 
 
-def angles(positions: Tensor, inverse: Tensor, *, magnitude: float = 1.0, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """positions: (N,) int64.  inverse: (R/2,) frequencies in radians a token.  returns: cosines and sines, (N, 1, R/2) each"""
+def angles(
+    positions: Tensor, inverse: Tensor, *, magnitude: float = 1.0, dtype: torch.dtype, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """positions: (N,) int64.  inverse: (R/2,) frequencies in radians a token.  returns: what rotate takes, (N, 1, R) each"""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     turn = positions[:, None, None].to(wide) * inverse.to(wide)  # (N, 1, R/2)
-    return (turn.cos() * magnitude).to(dtype), (turn.sin() * magnitude).to(dtype)
+    cos, sin = (turn.cos() * magnitude).to(dtype), (turn.sin() * magnitude).to(dtype)
+    if interleaved:
+        return cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Turn the first R of the K values of each head.
 
+    cos, sin:    (N, 1, R), of each value; the sine with the sign that the value's partner has
     interleaved: pairs are neighbours (0, 1), (2, 3) … as in the paper; else halves (0, R/2), (1, R/2 + 1) …
     x:           (N, H, K)
     source:      arXiv:2104.09864 section 3.2.2
     """
-    width = 2 * cos.shape[-1]
-    turned, rest = x[..., :width], x[..., width:]
-    if interleaved:
-        first, second = turned[..., 0::2], turned[..., 1::2]  # (N, H, R/2)
-        pair = torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2)
-    else:
-        first, second = turned.chunk(2, dim=-1)
-        pair = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-    return pair if not rest.shape[-1] else torch.cat([pair, rest], dim=-1)
+    width = cos.shape[-1]
+    turned = x if width == x.shape[-1] else x[..., :width]
+    partner = turned.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) if interleaved else turned.roll(width // 2, dims=-1)
+    pair = (turned * cos).add_(partner * sin)  # not in place: under autocast x may be shorter
+    return pair if width == x.shape[-1] else torch.cat([pair, x[..., width:]], dim=-1)

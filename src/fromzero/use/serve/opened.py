@@ -9,8 +9,9 @@ from fromzero.devices import look_at_machine
 from fromzero.errors import ModelError
 from fromzero.models import FAMILIES
 from fromzero.runner.start import build_published, find_start
+from fromzero.use.quantize import Cost, open_quick
 from fromzero.use.serve.predicting import Embedder, Predictor, headless
-from fromzero.use.speak import Speaker, open_speaker
+from fromzero.use.speak import Speaker
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,24 @@ class Opened:
         return "predict" if isinstance(self.does, Predictor) else "embed"
 
 
-def open_model(source: str, runs: Path) -> Opened:
-    """raises: ModelError, SourceError for what is not there or cannot be served"""
+def open_model(source: str, runs: Path, quantize: str | None = None) -> tuple[Opened, Cost | None]:
+    """quantize: as in open_quick.  raises: ModelError, SourceError for what is not there or cannot be served"""
     start = find_start(source, (Path(),), runs)
     name = Path(source).resolve().name if Path(source).exists() else source
     if start.saved is not None and start.saved.task in ("classify", "regress"):
-        return Opened(name, Predictor(start.saved, start.saved.load()))
+        _refuse(quantize, source)
+        return Opened(name, Predictor(start.saved, start.saved.load())), None
     family = FAMILIES.get(str(start.config.get("model_type")))
     if start.saved is None and start.published is not None and family is not None and not family.speaks:
         if family.reads != "text" or start.tokenizer is None:
             raise ModelError(f"'{source}' has no classes of its own to name", mend="train it on data of yours, and serve the run")
+        _refuse(quantize, source)
         model = headless(build_published(start.published, {}, per_token=False)[0].eval(), source)
-        return Opened(name, Embedder(model.to(look_at_machine().device), start.tokenizer))
-    return Opened(name, replace(open_speaker(source, runs), name=name))
+        return Opened(name, Embedder(model.to(look_at_machine().device), start.tokenizer)), None
+    speaker, cost = open_quick(source, runs, quantize)
+    return Opened(name, replace(speaker, name=name)), cost
+
+
+def _refuse(quantize: str | None, source: str) -> None:
+    if quantize is not None:
+        raise ModelError(f"'{source}' does not go on with text", why="only such models are quantised", mend="leave out --quantize")

@@ -28,12 +28,21 @@ from fromzero.use.serve.refusal import Refused, as_json
 
 
 def serve_model(
-    source: str, runs: Path, *, host: str, port: int, key_file: Path | None, limits: Limits, say: Callable[[str], None]
+    source: str,
+    runs: Path,
+    *,
+    host: str,
+    port: int,
+    key_file: Path | None,
+    limits: Limits,
+    say: Callable[[str], None],
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """Serve until SIGTERM or Ctrl-C; a second signal ends at once.
 
     port:     0: any that is free
     key_file: a key a line; needed where others than this machine reach the address
+    quantize: int8 or int4
     say:      hears one line when requests are answered, and one when no more are taken
     returns:  model, address and how many requests there were
     raises:   UserError for an address that may not or cannot be had, or keys that are none; as open_model
@@ -41,7 +50,9 @@ def serve_model(
     keys = read_keys(key_file) if key_file is not None else ()
     taken = bind(host, port, keys=bool(keys))
     with taken:
-        opened = open_model(source, runs)
+        opened, cost = open_model(source, runs, quantize)
+        if cost is not None:
+            say(str(cost))
         app = make_app(opened, limits, keys)
         shown = f"[{host}]" if ":" in host else host
         address = f"http://{shown}:{taken.getsockname()[1]}"
