@@ -1,10 +1,13 @@
 """How far are a plan's predictions from what the run then took? One `fromzero train` a recipe, each in a process of its own.
 
-    python benchmarks/plan_accuracy.py [--texts FOLDER] [--only NAME …] [--json FILE]
+    python benchmarks/plan_accuracy.py [--texts FOLDER] [--only NAME …] [--rounds N] [--json FILE]
 
 Of each kind of model and task one recipe, the shipped ones shortened in steps, others that no shipped recipe is like; the
 ledger starts empty, so that nothing was learned from earlier runs. texts: where banking77_train.csv, penguins.csv,
 tinyshakespeare.txt and self_instruct_seed_tasks.jsonl are. Seconds and peak memory as `train --json` prints them.
+
+With several rounds the recipes take turns. Then it is also printed how far one and the same run is from the median of its own
+repetitions: nothing that is foretold before a run begins can be nearer than that.
 """
 
 from __future__ import annotations
@@ -102,33 +105,41 @@ def train(arguments: list[str], runs: Path) -> dict[str, object]:
     return json.loads(done.stdout)
 
 
+def run(name: str, texts: Path) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder:
+        if name in SHIPPED:
+            recipe, overrides = SHIPPED[name]
+            path = RECIPES / f"{recipe}.yaml"
+            needs = [text for text in ("banking77_train.csv", "banking77_test.csv", "tinyshakespeare.txt") if text in path.read_text()]
+            places = [f"data.{side}={(texts / text).absolute()}" for side, text in zip(("train", "validation"), needs, strict=False)]
+            return train([str(path), *overrides, *places, "report=[]"], Path(folder) / "runs")
+        values = json.loads(json.dumps(OWN[name]))
+        values["data"] = values["data"] if isinstance(values["data"], dict) else {"train": values["data"]}
+        if "." in values["data"]["train"]:
+            values["data"]["train"] = str((texts / values["data"]["train"]).absolute())
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(json.dumps({**values, "report": []}))
+        return train([str(path)], Path(folder) / "runs")
+
+
+def apart(rows: list[dict[str, object]]) -> list[float]:
+    """How far each run's seconds are from the median of all runs of its recipe"""
+    names = {row["recipe"] for row in rows}
+    middle = {name: statistics.median(row["seconds"] for row in rows if row["recipe"] == name) for name in names}
+    return [abs(row["seconds"] / middle[row["recipe"]] - 1) for row in rows]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, default=Path())
     parser.add_argument("--only", nargs="*")
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=Path)
     asked = parser.parse_args()
     rows = []
     print(f"{'recipe':<32}{'seconds':>9}{'told':>9}{'error':>8}{'peak MB':>10}{'told':>8}{'error':>8}")
-    for name in asked.only or [*SHIPPED, *OWN]:
-        with tempfile.TemporaryDirectory() as folder:
-            if name in SHIPPED:
-                recipe, overrides = SHIPPED[name]
-                path = RECIPES / f"{recipe}.yaml"
-                needs = [text for text in ("banking77_train.csv", "banking77_test.csv", "tinyshakespeare.txt") if text in path.read_text()]
-                places = [
-                    f"data.{side}={(asked.texts / text).absolute()}" for side, text in zip(("train", "validation"), needs, strict=False)
-                ]
-                arguments = [str(path), *overrides, *places, "report=[]"]
-            else:
-                values = json.loads(json.dumps(OWN[name]))
-                values["data"] = values["data"] if isinstance(values["data"], dict) else {"train": values["data"]}
-                if "." in values["data"]["train"]:
-                    values["data"]["train"] = str((asked.texts / values["data"]["train"]).absolute())
-                path = Path(folder) / "recipe.yaml"
-                path.write_text(json.dumps({**values, "report": []}))
-                arguments = [str(path)]
-            found = train(arguments, Path(folder) / "runs")
+    for name in [*(asked.only or [*SHIPPED, *OWN])] * asked.rounds:
+        found = run(name, asked.texts)
         told = found["predicted"]
         row = {"recipe": name, "seconds": found["seconds"], "told_seconds": told["seconds"]}
         row |= {"peak_bytes": found["peak_memory_bytes"], "told_peak_bytes": told["peak_memory_bytes"]}
@@ -143,9 +154,17 @@ def main() -> int:
     medians = {key: statistics.median(abs(row[key]) for row in rows) for key in ("seconds_error", "peak_error")}
     worst = {key: max(abs(row[key]) for row in rows) for key in medians}
     print(f"median error: time {medians['seconds_error']:.1%}, peak {medians['peak_error']:.1%}; ", end="")
-    print(f"largest: time {worst['seconds_error']:.0%}, peak {worst['peak_error']:.0%}; {len(rows)} recipes")
+    print(f"largest: time {worst['seconds_error']:.0%}, peak {worst['peak_error']:.0%}; {len(rows)} runs")
+    noise = apart(rows)
+    if asked.rounds > 1:
+        print(f"one run from the median of its repetitions: median {statistics.median(noise):.1%}, largest {max(noise):.0%}")
+        for name in dict.fromkeys(row["recipe"] for row in rows):
+            errors = [row["seconds_error"] for row in rows if row["recipe"] == name]
+            took = [row["seconds"] for row in rows if row["recipe"] == name]
+            print(f"  {name:<32}error {statistics.median(errors):+.0%} ({min(errors):+.0%} to {max(errors):+.0%})", end="")
+            print(f"   took {statistics.median(took):.1f} ({min(took):.1f} to {max(took):.1f})")
     if asked.json:
-        asked.json.write_text(json.dumps({"rows": rows, "medians": medians, "worst": worst}, indent=1) + "\n")
+        asked.json.write_text(json.dumps({"rows": rows, "medians": medians, "worst": worst, "apart": noise}, indent=1) + "\n")
     return 0
 
 

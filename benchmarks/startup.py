@@ -26,9 +26,9 @@ def commands(table: Path) -> dict[str, list[str]]:
     found = {
         "python": [python, "-c", "pass"],
         "import": [python, "-c", "import fromzero"],
-        "help": [python, "-m", "fromzero.cli", "--help"],
+        "help": [python, "-m", "fromzero", "--help"],
         "import torch": [python, "-c", "import torch"],
-        "new": [python, "-m", "fromzero.cli", "new", str(table)],
+        "new": [python, "-m", "fromzero", "new", str(table)],
     }
     script = Path(python).with_name("fromzero")
     if script.exists():

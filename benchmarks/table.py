@@ -98,7 +98,7 @@ def write_files(folder: Path) -> None:
 def measure(side: str, folder: Path, threads: int) -> dict[str, Any]:
     """Run one side as a process.  returns: its wall time in seconds, steps and parameters"""
     with tempfile.TemporaryDirectory() as runs:
-        fromzero = ["-m", "fromzero.cli", "train", str(folder / "recipe.yaml"), "--runs", runs, "--json"]
+        fromzero = ["-m", "fromzero", "train", str(folder / "recipe.yaml"), "--runs", runs, "--json"]
         command = [sys.executable, *(fromzero if side == "fromzero" else [str(folder / "script.py"), str(folder)])]
         started = time.perf_counter()
         text = run_child(command, {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""})

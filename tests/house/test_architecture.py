@@ -13,6 +13,7 @@ from fromzero.recipe.read import known_keys
 SOURCE = Path(fromzero.__file__).parent
 DOORS = {"__init__", "cli"}
 TIER = {
+    "__main__": 7,
     "cli": 6,
     "__init__": 6,
     "use": 5,

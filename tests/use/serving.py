@@ -116,7 +116,7 @@ class Server:
     def typed(cls, *words: str, cwd: Path) -> Server:
         """`fromzero serve …` as a person types it, on a free port"""
         made = cls.__new__(cls)
-        made._start([sys.executable, "-m", "fromzero.cli", "serve", *words, "--port", "0"], cwd)
+        made._start([sys.executable, "-m", "fromzero", "serve", *words, "--port", "0"], cwd)
         return made
 
     def _start(self, command: list[str], cwd: Path) -> None:

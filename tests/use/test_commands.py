@@ -21,7 +21,7 @@ from tests.conftest import fromzero
 def fromzero_apart(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
     return subprocess.run(
-        [sys.executable, "-m", "fromzero.cli", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, **options
+        [sys.executable, "-m", "fromzero", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, **options
     )
 
 
@@ -175,7 +175,7 @@ def test_a_signal_saves_and_stops_and_resume_goes_on(flowers: Path, number: int,
     (flowers / "r.yaml").write_text(
         "task: classify\nmodel: mlp\ndata: {train: flowers.csv, target: kind}\nsteps: 200000\nevaluate: 1000000\n"
     )
-    process = subprocess.Popen([sys.executable, "-m", "fromzero.cli", "train", "r.yaml"], cwd=flowers, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "fromzero", "train", "r.yaml"], cwd=flowers, stderr=subprocess.PIPE, text=True)
     events = flowers / "runs" / "r" / "events.jsonl"
     for _ in range(600):
         if events.exists() and "Started" in events.read_text():

@@ -92,7 +92,7 @@ def test_a_folder_of_images_is_read_in_parts_and_says_how_far_it_is(runs: Path, 
 
 def test_the_shell_reads_standard_input_and_writes_parquet(runs: Path) -> None:
     polars = pytest.importorskip("polars")
-    command = [sys.executable, "-m", "fromzero.cli", "predict", "run:table", "-", "--output", "out.parquet"]
+    command = [sys.executable, "-m", "fromzero", "predict", "run:table", "-", "--output", "out.parquet"]
     done = subprocess.run(command, cwd=runs, input=b"x,y,colour\n0.1,0.2,red\n0.3,no,blue\n", capture_output=True, check=False)
     assert done.returncode == 2 and b"left out: standard input:3 y: 'no' is not a number" in done.stderr
     frame = polars.read_parquet(runs / "out.parquet")

@@ -58,7 +58,7 @@ class Draws:
         call = self.calls[name] = self.calls.get(name, 0) + 1
         shape = values.shape if type(module) is nn.Dropout else (*values.shape[:2], *(1 for _ in values.shape[2:]))
         kept = _kept(rows, *self._layer(name, call), self._column(math.prod(shape[1:]), values.device), module.p)
-        return values * kept.view(shape) * (0.0 if module.p == 1 else 1 / (1 - module.p))
+        return values * kept.view(shape).to(values.dtype).mul_(0.0 if module.p == 1 else 1 / (1 - module.p))  # one pass, and one backward
 
     def again(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         """The forward pass of a stage so that it draws the same each time it runs within a piece."""
