@@ -1,6 +1,7 @@
 """A fork of the tests' process that strace strikes: killed at a call, or told that a call failed."""
 
 import os
+import random
 import shutil
 import subprocess
 import time
@@ -21,13 +22,14 @@ def struck(tmp_path: Path) -> Callable[..., tuple[int, str]]:
         pytest.skip("NOT CHECKED: there is no strace to strike with")
 
     def strike(work: Callable[[], object], *options: str) -> tuple[int, str]:
-        wait, go = os.pipe()
+        (wait, go), drawn = os.pipe(), random.getstate()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of forking beside threads: the child uses none of them
             child = os.fork()
         if child == 0:
             code = 121
             try:
+                random.setstate(drawn)  # Python seeds a fork anew
                 os.read(wait, 1)
                 work()
                 code = 0

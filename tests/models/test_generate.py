@@ -65,7 +65,7 @@ def test_every_family_scores_the_same_with_a_cache_as_without(case: str, dtype: 
 def test_a_layer_with_a_window_keeps_no_more_than_its_window() -> None:
     model, cache = build("gemma2", torch.float32), Cache()
     model.states(TOKENS[:40], torch.tensor([0, 40]), [cache])
-    kept = [past.k.untyped_storage().nbytes() // (4 * past.k[0, 0].numel()) for past in cache.layers if past.k is not None]
+    kept = [past.k.untyped_storage().nbytes() // (4 * past.k[0, :, 0].numel()) for past in cache.layers if past.k is not None]
     assert sorted(set(kept)) == [16, 64] and [layer.window for layer in model.config.layers] == [16 if n == 16 else None for n in kept]
 
 

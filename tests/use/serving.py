@@ -168,5 +168,5 @@ class Server:
 
     def still_answers(self, name: str) -> None:
         assert self.ask("GET", "/health")[0] == 200
-        status, body = self.ask("POST", "/v1/chat/completions", {"model": name, "messages": HI, "max_tokens": 3})
+        status, body = self.ask("POST", "/v1/chat/completions", {"model": name, "messages": HI, "max_tokens": 3, "temperature": 0})
         assert status == 200 and json.loads(body)["usage"]["completion_tokens"] == 3, body

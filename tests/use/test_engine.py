@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "schema": {"schema": SCHEMA},
     "logprobs": {"logprobs": 3},
 }
-AROUND = {"model", "prompt", "engine", "numbers", "runs", "as_json", "debug"}
+AROUND = {"model", "prompt", "engine", "quantize", "numbers", "runs", "as_json", "debug"}
 
 
 class StandIn(Outside):
@@ -130,8 +130,9 @@ def test_the_shell_says_in_one_line_what_runs_and_talks_with_it(
 ) -> None:
     app(["generate", str(talker), "--prompt", ASKED[1], "--engine", "llama.cpp", "--json"], standalone_mode=False)
     said = capsys.readouterr()
-    assert json.loads(said.out)["text"] == BLUE and said.err.count("\n") == 1
-    assert said.err.startswith("llama.cpp (llama-cpp-python ") and said.err.endswith(" MB, q8_0, written and compared now)\n")
+    told, speed, _ = said.err.split("\n")
+    assert json.loads(said.out)["text"] == BLUE and speed.endswith(" tokens/s, reading the prompt included")
+    assert told.startswith("llama.cpp (llama-cpp-python ") and told.endswith(" MB, q8_0, written and compared now)")
     monkeypatch.setattr("sys.stdin", Terminal(f"{SKY}\n/exit\n"))
     app(["chat", str(talker), "--engine", "llama.cpp"], standalone_mode=False)
     said = capsys.readouterr()

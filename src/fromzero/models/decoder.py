@@ -174,12 +174,13 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, documents: Documents, turn: Turn | None, kept: Kept | None = None) -> Tensor:
         """x: (N, D).  returns: (N, D)"""
         heads, kv_heads = self.heads
-        every = self.qkv(x).view(len(x), -1, self.head_width)  # (N, H + 2 G, K)
+        rows = x.shape[0]  # not len(x), which a program that is made of the model would hold as a constant
+        every = self.qkv(x).view(rows, -1, self.head_width)  # (N, H + 2 G, K)
         both, v = every[:, :-kv_heads], every[:, -kv_heads:]
         if self.is_normed:
             parts = zip((self.q_norm, self.k_norm), both.split(self.heads, dim=1), self.normed, strict=True)
             both = torch.cat(
-                [norm(part.reshape(len(x), -1, width)).view(len(x), -1, self.head_width) for norm, part, width in parts], dim=1
+                [norm(part.reshape(rows, -1, width)).view(rows, -1, self.head_width) for norm, part, width in parts], dim=1
             )
         if turn is not None:  # queries and keys are turned in one go
             both = rotate(both, *turn, interleaved=self.interleaved)
