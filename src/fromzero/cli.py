@@ -505,5 +505,3 @@ def fetch(
 def main() -> None:
     signal.signal(signal.SIGTERM, _terminate)
     app()
-
-

@@ -20,9 +20,7 @@ from tests.conftest import fromzero
 
 def fromzero_apart(*arguments: str, cwd: Path, **options: object) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "fromzero", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, **options
-    )
+    return subprocess.run([sys.executable, "-m", "fromzero", *arguments], cwd=cwd, capture_output=True, text=True, timeout=120, **options)
 
 
 @pytest.fixture

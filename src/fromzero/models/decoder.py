@@ -179,9 +179,7 @@ class SelfAttention(nn.Module):
         both, v = every[:, :-kv_heads], every[:, -kv_heads:]
         if self.is_normed:
             parts = zip((self.q_norm, self.k_norm), both.split(self.heads, dim=1), self.normed, strict=True)
-            both = torch.cat(
-                [norm(part.reshape(rows, -1, width)).view(rows, -1, self.head_width) for norm, part, width in parts], dim=1
-            )
+            both = torch.cat([norm(part.reshape(rows, -1, width)).view(rows, -1, self.head_width) for norm, part, width in parts], dim=1)
         if turn is not None:  # queries and keys are turned in one go
             both = rotate(both, *turn, interleaved=self.interleaved)
         q, k = both[:, :heads], both[:, heads:]  # (N, H, K)  (N, G, K)
