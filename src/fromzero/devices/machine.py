@@ -125,5 +125,8 @@ def peak_memory() -> int:
     """Most bytes this process has held since the start or `forget_peak` (on cuda: that its tensors have held there)."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
+    with suppress(OSError, StopIteration):  # getrusage also counts what held the process that started this one, up to its exec
+        status = Path("/proc/self/status").read_text()
+        return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
