@@ -12,7 +12,7 @@ from fromzero.errors import ModelError, UserError
 from fromzero.models.decoder import Decoder
 from fromzero.models.decoder_families import DECODERS
 from fromzero.models.layers.packed import Packed
-from fromzero.use.quantize import open_quick
+from fromzero.use.quantize import Cost, open_quick
 from fromzero.use.speak import open_speaker
 from fromzero.weights import to_theirs, write_folder
 from tests.conftest import fromzero
@@ -33,6 +33,10 @@ def test_the_cost_is_the_loss_of_a_fixed_text_before_and_after(talker: Path) -> 
     assert str(cost).startswith("int8: perplexity ") and f"{cost.plain:.3f} in float32" in str(cost)
     kinds = {module.kind for module in speaker.model.modules() if isinstance(module, Packed)}
     assert kinds == {"int8"}
+
+
+def test_the_cost_of_a_broken_model_can_be_told() -> None:
+    assert str(Cost("int4", 3.0, 5000.0)).startswith("int4: perplexity inf on a fixed text, 20.09 in float32")
 
 
 def test_without_it_the_weights_are_the_same_numbers_in_another_order(talker: Path) -> None:

@@ -4,7 +4,6 @@ and what that costs in quality, measured before a word is said.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +42,8 @@ class Cost:
         return self.quantised / self.plain - 1
 
     def __str__(self) -> str:
-        perplexities = f"perplexity {math.exp(self.quantised):.4g} on a fixed text, {math.exp(self.plain):.4g} in float32"
+        quantised, plain = torch.tensor([self.quantised, self.plain]).exp().tolist()  # infinite for a broken model, where math.exp raises
+        perplexities = f"perplexity {quantised:.4g} on a fixed text, {plain:.4g} in float32"
         return f"{self.kind}: {perplexities}; next-token loss {self.quantised:.3f}, {self.plain:.3f} in float32 ({self.grown:+.1%})"
 
 
