@@ -155,10 +155,12 @@ class Attend(nn.Module):
 
     def _next(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
         """One token of each document.  q: (R, H, K)  k, v: (R, G, T, K)  seen: (R, 1, 1, T).  returns: (R, H, K)"""
-        if self.softcap is not None:  # the heads that share a key stand under each other as rows: no key is copied for each
-            return self._weigh(q.view(len(q), k.shape[1], -1, q.shape[2]), k, v, seen).flatten(1, 2)
-        shared = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen, scale=self.scale, enable_gqa=shared)[:, :, 0]
+        if self.softcap is None and (len(q) == 1 or q.dtype.itemsize < 4):  # a short type would round the scores that are written out
+            shared = q.shape[1] != k.shape[1]
+            return F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=seen, scale=self.scale, enable_gqa=shared)[:, :, 0]
+        q = q.view(len(q), k.shape[1], -1, q.shape[2])  # the heads that share a key stand under each other
+        scores = (k @ (q * self._scale(q)).transpose(-1, -2)).transpose(-1, -2)  # keys first: quicker
+        return self._mixed(scores, v, seen).flatten(1, 2)
 
     def _visible(self, positions: Tensor, owner: Tensor | None = None) -> Tensor:
         """(T, T) bool: whether a row's token sees a column's"""
@@ -172,7 +174,13 @@ class Attend(nn.Module):
 
     def _weigh(self, q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
         """The formula written out: (…, T, K) each; seen fits (…, T, T), None where all is"""
-        scores = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale)  # (…, T, T)
+        return self._mixed(q @ k.transpose(-1, -2) * self._scale(q), v, seen)
+
+    def _scale(self, q: Tensor) -> float:
+        return 1 / math.sqrt(q.shape[-1]) if self.scale is None else self.scale
+
+    def _mixed(self, scores: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+        """scores: (…, S, T) of S queries.  v: (…, T, K).  returns: (…, S, K)"""
         if self.softcap is not None:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         if seen is not None:
