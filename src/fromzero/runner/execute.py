@@ -115,7 +115,8 @@ class _Run:
         self.saved_step = self.progress.step
 
     def heed(self) -> None:
-        """raises: Interrupted where a signal has come, for while nothing new has been done"""
+        """Between the batches of what comes before the first step.  raises: Interrupted where a signal has come"""
+        self._keep_to_the_plan()
         if self.stop.reason is not None:
             raise self._interrupted(f"before step {self.progress.step + 1}", "nothing new was to be saved")
 

@@ -52,17 +52,19 @@ def kept_rows(job: Job, examples: Examples, index: Tensor, told: Callable[[int],
     lengths, counts = examples.lengths if isinstance(examples, TextExamples) else None, _counts(job, examples)
     for block in index.split(job.judge.batch) if lengths is None else by_tokens(index, lengths[index], BLOCK_TOKENS):
         order = torch.arange(len(block)) if lengths is None else lengths[block].argsort(stable=True)
-        ordered = block[order]
-        said = []
-        for part in [ordered] if lengths is None else by_tokens(ordered, lengths[ordered], PASS_TOKENS):
-            inputs, _ = job.judge.on_device(*examples.take(part))
+        sizes = counts[block]
+        begins, rows = sizes.cumsum(0) - sizes, None
+        for part in [order] if lengths is None else by_tokens(order, lengths[block[order]], PASS_TOKENS):
+            inputs, _ = job.judge.on_device(*examples.take(block[part]))
             with job.judge.around():
-                said.append(reads_at(job.model, job.plan.prefix, inputs).cpu())
-            if len(said[-1]) != counts[part].sum():
+                said = reads_at(job.model, job.plan.prefix, inputs).cpu()
+            if len(said) != sizes[part].sum():
                 raise ModelError(f"'{job.plan.prefix}' does not read one row for each example")
+            rows = said.new_empty(int(sizes.sum()), *said.shape[1:]) if rows is None else rows
+            rows[places(begins[part], sizes[part])] = said
             told(len(part))
-        sizes, back = counts[ordered], order.argsort()
-        yield torch.cat(said)[places((sizes.cumsum(0) - sizes)[back], sizes[back])]
+        assert rows is not None
+        yield rows
 
 
 def _counts(job: Job, examples: Examples) -> Tensor:

@@ -75,15 +75,14 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
 
 def _measured(job: Job, before: int, began: float) -> Measured:
     plan, recipe, facts = job.plan, job.plan.recipe, job.plan.facts
-    index, largest = _batches(job)
-    share = _share(job, index)
+    index, largest, others = _batches(job)
     forget_peak()
     _gradients(job, largest)  # warms up, and shows what it needs, but for the optimizer's state
     state = STATE[recipe.optimizer.name] * trained_values(facts) * WIDTH[recipe.precision]
     beyond = [peak_memory() - _counted(job, largest) + state]
     forget_peak()
-    trial = _steps(job, index)
-    whole, fetch, update = (share * statistics.fmean(seconds) for seconds in (trial.whole, trial.fetch, trial.update))
+    trial = _steps(job, index, others)
+    whole, fetch, update = (statistics.fmean(seconds) for seconds in (trial.whole, trial.fetch, trial.update))
     one_piece = _piece_seconds(job, index, whole)
     evaluate = _evaluation_seconds(job)
     beyond.append(peak_memory() - _counted(job, index))
@@ -110,16 +109,18 @@ def _measured(job: Job, before: int, began: float) -> Measured:
     return measured
 
 
-def _batches(job: Job) -> tuple[Tensor, Tensor]:
-    """A batch of about mean size to time, and the run's largest one."""
+def _batches(job: Job) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """A batch of about mean size, the run's largest one, and those that a run begins with, where they are of many sizes."""
     plan, train = job.plan, job.train
     if not isinstance(train, TextExamples):
-        return (torch.arange(min(plan.batch, MOST_SAMPLES)),) * 2
+        index = torch.arange(min(plan.batch, MOST_SAMPLES))
+        return index, index, ()
     order = epoch_order(plan.recipe.seed, 0, len(train))
     batches = order.tensor_split(batch_ends(job, order)[:-1])
     mean = int(train.lengths.sum()) / len(batches)
     index = min(batches, key=lambda batch: abs(int(train.lengths[batch].sum()) - mean))[:MOST_SAMPLES]
-    return index, largest_batch(train.lengths, plan.recipe.seed, plan.epochs, plan.batch, plan.batch_tokens)[:MOST_SAMPLES]
+    largest = largest_batch(train.lengths, plan.recipe.seed, plan.epochs, plan.batch, plan.batch_tokens)
+    return index, largest[:MOST_SAMPLES], tuple(batch[:MOST_SAMPLES] for batch in batches[:MOST_STEPS])
 
 
 def _gradients(job: Job, *parts: Tensor) -> tuple[float, float]:
@@ -128,17 +129,23 @@ def _gradients(job: Job, *parts: Tensor) -> tuple[float, float]:
     return gradients(job.stepped, cut, job.judge.loss, job.judge.around, rows=job.plan.score_rows)
 
 
-def _steps(job: Job, index: Tensor) -> Trial:
-    """Steps on one batch, as many as there is time for; of several the first, which make the optimizer's state and warm up, are not counted."""
+def _steps(job: Job, index: Tensor, others: tuple[Tensor, ...] = ()) -> Trial:
+    """Steps, as many as there is time for; of several the first, which make the optimizer's state and warm up, are not counted.
+
+    index:   of the first, whose losses can be compared; the others then take turns, for what each size costs anew a run pays too
+    returns: seconds of a step of mean size
+    """
     whole, fetch, update, losses, silent = [], [], [], [], tuple[str, ...]()
     begun = time.perf_counter()
     for step in range(MOST_STEPS):
+        part = others[step % len(others)] if others and step >= LEAST_STEPS else index
+        share = _share(job, part)
         started = time.perf_counter()
-        for piece in pieces(job, index, 0):
+        for piece in pieces(job, part, 0):
             piece()
         fetched = time.perf_counter()
         set_learning_rate(job, step)
-        total, count = _gradients(job, index)
+        total, count = _gradients(job, part)
         losses.append(total / count if count else float("nan"))
         if step == 0:
             silent = _silent(job)
@@ -148,11 +155,11 @@ def _steps(job: Job, index: Tensor) -> Trial:
             clip(job, norm)
         job.optimizer.step()
         ended = time.perf_counter()
-        fetch.append(fetched - started)
-        update.append(ended - computed)
-        whole.append(ended - fetched)
+        fetch.append(share * (fetched - started))
+        update.append(share * (ended - computed))
+        whole.append(share * (ended - fetched))
         spent, allowed = ended - begun, max(MOST_SECONDS, MOST_SHARE * job.plan.steps * whole[0]) / 2
-        if spent + whole[-1] > allowed or (spent > ENOUGH_SECONDS and step + 1 >= LEAST_STEPS):
+        if spent + ended - fetched > allowed or (spent > ENOUGH_SECONDS and step + 1 >= LEAST_STEPS):
             break
     warm = -(-len(whole) // WARM) if len(whole) > 1 else 0
     return Trial(whole[warm:], fetch[warm:], update[warm:], losses, silent)
@@ -221,7 +228,7 @@ def _from_the_cut(job: Job, count: int) -> tuple[float | None, float | None, str
     few = index[: job.plan.batch]
     seconds = statistics.fmean(_steps(job, few).whole)
     job.stepped, job.fed = job.model, job.train
-    return seconds * _share(job, few), passed, ""
+    return seconds, passed, ""
 
 
 def _share(job: Job, index: Tensor) -> float:
