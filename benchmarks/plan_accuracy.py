@@ -14,11 +14,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from fromzero.sources.cache import cache_folder
 
 RECIPES = Path(__file__).resolve().parents[1] / "recipes"
 SHIPPED = {
@@ -99,7 +102,13 @@ OWN = {
 
 def train(arguments: list[str], runs: Path) -> dict[str, object]:
     command = [str(Path(sys.executable).with_name("fromzero")), "train", *arguments, "--runs", str(runs), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    cache = runs.parent / "cache"  # all that was fetched, and nothing that an earlier round has kept
+    (cache / "fromzero").mkdir(parents=True)
+    for entry in cache_folder().iterdir() if cache_folder().is_dir() else ():
+        if entry.name != "kept":
+            (cache / "fromzero" / entry.name).symlink_to(entry)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(cache)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{done.stderr[-2000:]}")
     return json.loads(done.stdout)

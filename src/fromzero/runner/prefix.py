@@ -82,6 +82,17 @@ def some_rows(job: Job, index: Tensor) -> Tensor:
     return torch.cat(list(kept_rows(job, job.train, index)))
 
 
+def side_by_side(job: Job, runs: int) -> Tensor:
+    """Training examples that stand side by side in that pass: a few runs of them from all over a block, each of other lengths."""
+    if not isinstance(job.train, TextExamples):
+        return torch.arange(min(len(job.train), job.judge.batch))
+    lengths = job.train.lengths
+    block = by_tokens(torch.arange(len(lengths)), lengths, BLOCK_TOKENS)[0]
+    ordered = block[lengths[block].argsort(stable=True)]
+    parts = by_tokens(ordered, lengths[ordered], PASS_TOKENS)
+    return torch.cat([parts[(2 * run + 1) * len(parts) // (2 * runs)] for run in range(runs)] if len(parts) > runs else parts)
+
+
 def start_at_cut(job: Job, train: Tensor, validation: Tensor | None) -> None:
     """From here on a step begins at the cut, fed with what that reads; a head that alone learns is stepped by itself.
 

@@ -23,7 +23,7 @@ from fromzero.runner.certificate import certify
 from fromzero.runner.loop import clip, set_learning_rate
 from fromzero.runner.numbers import gradient_norm
 from fromzero.runner.pieces import batch_ends, pieces
-from fromzero.runner.prefix import kept_before, some_rows, start_at_cut
+from fromzero.runner.prefix import kept_before, side_by_side, some_rows, start_at_cut
 from fromzero.runner.samples import sample_seconds
 from fromzero.runner.step import gradients
 from fromzero.tuning import LowRank, set_training
@@ -34,7 +34,7 @@ ENOUGH_SECONDS = 0.4  # steps of a small model are many, so that their mean mean
 WARM = 4  # one in so many steps, the first ones, warms up and is not counted
 MOST_SECONDS, MOST_SHARE = 3.0, 0.05  # of trial steps and certificate together: the larger of this and its share of the run
 LONG_STEP = 0.5  # seconds
-PASSED = 256  # examples whose way to the cut is timed
+PASSED = 4  # runs of texts, or one batch of anything else, whose way to the cut is timed
 MOST_SAMPLES = 4096  # of a very large batch a part is measured
 
 
@@ -61,7 +61,7 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
         job = assemble(replace(plan, steps=max(plan.steps, MOST_STEPS)), loaded, place)
         set_training(job.model, job.frozen)
         try:
-            measured = _measured(job, before, began)
+            measured = _measured(job, before, began, plan.steps)
         except Exception as error:
             if not plan.compiled:
                 raise
@@ -73,7 +73,8 @@ def probe(plan: Plan, loaded: Loaded, place: Place) -> Measured:
     return replace(measured, planning_bytes=max(before, peak_memory()), seconds=time.perf_counter() - began)
 
 
-def _measured(job: Job, before: int, began: float) -> Measured:
+def _measured(job: Job, before: int, began: float, steps: int) -> Measured:
+    """steps: of the run; the job's schedule may have more, so that no trial step is beyond its end"""
     plan, recipe, facts = job.plan, job.plan.recipe, job.plan.facts
     index, largest, others = _batches(job)
     forget_peak()
@@ -81,7 +82,7 @@ def _measured(job: Job, before: int, began: float) -> Measured:
     state = STATE[recipe.optimizer.name] * trained_values(facts) * WIDTH[recipe.precision]
     beyond = [peak_memory() - _counted(job, largest) + state]
     forget_peak()
-    trial = _steps(job, index, others)
+    trial = _steps(job, steps, index, others)
     whole, fetch, update = (statistics.fmean(seconds) for seconds in (trial.whole, trial.fetch, trial.update))
     one_piece = _piece_seconds(job, index, whole)
     evaluate = _evaluation_seconds(job)
@@ -99,12 +100,12 @@ def _measured(job: Job, before: int, began: float) -> Measured:
         planning_bytes=before,
     )
     if plan.prefix:
-        kept_step, passed, no_cut = _from_the_cut(job, min(len(job.train), max(len(index), PASSED)))
+        kept_step, passed, no_cut = _from_the_cut(job, steps)
         measured = replace(measured, kept_step_seconds=kept_step, pass_seconds=passed, no_cut=no_cut)
         job.plan = plan if not no_cut else plan.without("frozen part")
     job.optimizer.state.clear()
     if recipe.certificate == "on" and math.isfinite(trial.losses[-1]):
-        left = max(MOST_SECONDS, MOST_SHARE * plan.steps * whole) - (time.perf_counter() - began)
+        left = max(MOST_SECONDS, MOST_SHARE * steps * whole) - (time.perf_counter() - began)
         measured = replace(measured, certificate=certify(job, whole / plan.batch, left))
     return measured
 
@@ -129,9 +130,10 @@ def _gradients(job: Job, *parts: Tensor) -> tuple[float, float]:
     return gradients(job.stepped, cut, job.judge.loss, job.judge.around, rows=job.plan.score_rows)
 
 
-def _steps(job: Job, index: Tensor, others: tuple[Tensor, ...] = ()) -> Trial:
-    """Steps, as many as there is time for; of several the first, which make the optimizer's state and warm up, are not counted.
+def _steps(job: Job, steps: int, index: Tensor, others: tuple[Tensor, ...] = ()) -> Trial:
+    """A few steps; of several the first, which make the optimizer's state and warm up, are not counted.
 
+    steps:   of the run: what trial steps may cost is a share of what it takes, once there are the least that say something
     index:   of the first, whose losses can be compared; the others then take turns, for what each size costs anew a run pays too
     returns: seconds of a step of mean size
     """
@@ -158,8 +160,8 @@ def _steps(job: Job, index: Tensor, others: tuple[Tensor, ...] = ()) -> Trial:
         fetch.append(share * (fetched - started))
         update.append(share * (ended - computed))
         whole.append(share * (ended - fetched))
-        spent, allowed = ended - begun, max(MOST_SECONDS, MOST_SHARE * job.plan.steps * whole[0]) / 2
-        if spent + ended - fetched > allowed or (spent > ENOUGH_SECONDS and step + 1 >= LEAST_STEPS):
+        spent, allowed = ended - begun, max(MOST_SECONDS, MOST_SHARE * steps * whole[0]) / 2
+        if step + 1 >= LEAST_STEPS and (spent > ENOUGH_SECONDS or spent + ended - started > allowed):
             break
     warm = -(-len(whole) // WARM) if len(whole) > 1 else 0
     return Trial(whole[warm:], fetch[warm:], update[warm:], losses, silent)
@@ -214,19 +216,20 @@ def _counted(job: Job, index: Tensor) -> int:
     return sum(parts.values()) - parts["best weights"]
 
 
-def _from_the_cut(job: Job, count: int) -> tuple[float | None, float | None, str]:
-    """Seconds of a mean step that begins at the cut, and seconds of an example's way there; or why none can.  count: of the first examples"""
-    index = torch.arange(count)
+def _from_the_cut(job: Job, steps: int) -> tuple[float | None, float | None, str]:
+    """Seconds of a mean step that begins at the cut, and of a mean example's way there; or why none can."""
+    few, passed = torch.arange(min(job.plan.batch, len(job.train), MOST_SAMPLES)), 0.0
     try:
-        begun = time.perf_counter()
-        rows = some_rows(job, index)
-        mean = _share(job, index) * job.plan.steps_per_epoch * count / len(job.train)  # these are not of mean length
-        passed = 0.0 if kept_before(job) else mean * (time.perf_counter() - begun) / count
+        rows = some_rows(job, few)  # warms up
+        if not kept_before(job):
+            index = side_by_side(job, PASSED)
+            begun = time.perf_counter()
+            some_rows(job, index)
+            passed = (time.perf_counter() - begun) * _share(job, index) * job.plan.steps_per_epoch / len(job.train)
         start_at_cut(job, rows, None)
     except ModelError as error:
         return None, None, str(error)
-    few = index[: job.plan.batch]
-    seconds = statistics.fmean(_steps(job, few).whole)
+    seconds = statistics.fmean(_steps(job, steps, few).whole)
     job.stepped, job.fed = job.model, job.train
     return seconds, passed, ""
 
