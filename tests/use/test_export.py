@@ -330,7 +330,8 @@ def test_llama_cpp_answers_through_the_template_in_the_file_as_chat_does(adapted
     fz.export("run:learned", tmp_path / "out", to="gguf", numbers="f32", runs=adapted)
     theirs = llama.Llama(str(tmp_path / "out" / "model.gguf"), n_ctx=160, verbose=False, n_threads=1)
     said = theirs.create_chat_completion(turns(SKY), temperature=0, max_tokens=30)["choices"][0]
-    assert said["message"]["content"].strip() == fz.chat("run:learned", turns(SKY), runs=adapted) and said["finish_reason"] == "stop"
+    ours = fz.chat("run:learned", turns(SKY), runs=adapted).replace("\ufffd", "")  # llama-cpp-python leaves out bytes that are no text
+    assert said["message"]["content"].strip() == ours and said["finish_reason"] == "stop"
 
 
 # ------------------------------------------------------------------------------------------- safetensors, card
