@@ -18,6 +18,7 @@ from transformers import (
 
 from fromzero.errors import ModelError, NumbersError, UserError
 from fromzero.models.generate import generate
+from fromzero.models.layers.attention import Attend
 from fromzero.models.rnn import RNN
 from fromzero.models.sampling import penalised, shares_of
 from fromzero.models.scores import scores_at
@@ -298,3 +299,27 @@ def test_a_step_that_raises_leaves_every_text_as_it_was(monkeypatch: pytest.Monk
     for number, ids in zip(numbers, PROMPTS, strict=False):
         alone_tokens = [one.token for one in alone(model, ids, Sampling(most=9, temperature=1.0, seed=5))]
         assert [one.token for one in made if one.number == number] == alone_tokens
+
+
+def test_where_all_texts_of_a_cache_need_room_it_is_widened_and_none_is_copied() -> None:
+    batch = Batch(build("llama", torch.float32), ())
+    for _ in range(3):
+        batch.add([5] * 63, Sampling(most=4))
+    batch.step()
+    (shelf,) = batch._shelves.values()
+    kept, room = shelf.cache, shelf.cache.room
+    batch.step()
+    batch.step()
+    (shelf,) = batch._shelves.values()
+    assert shelf.cache is kept and kept.room == 2 * room and len(kept.texts) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_next_tokens_of_several_texts_attend_as_exactly_as_the_type_allows(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(size, generator=generator).to(dtype) for size in ((4, 6, 32), (4, 2, 50, 32), (4, 2, 50, 32)))
+    q, seen = q * 4, torch.arange(50) < torch.tensor([50, 7, 31, 1])[:, None, None, None]  # scores far apart
+    wide = (q.double().view(4, 2, 3, 32) @ k.double().transpose(-1, -2) / 32**0.5).masked_fill(~seen, -torch.inf)
+    exact = (wide.softmax(-1) @ v.double()).flatten(1, 2)
+    apart = (Attend(causal=True)._next(q, k, v, seen).double() - exact).abs().max()
+    assert apart < (0.01 if dtype == torch.bfloat16 else 2e-6)

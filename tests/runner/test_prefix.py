@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fromzero as fz
 from fromzero.report.jsonlines import read_events
-from fromzero.runner import prefix
+from fromzero.runner import execute, prefix
 
 
 class Net(nn.Module):
@@ -94,6 +94,16 @@ def test_the_same_losses_and_weights_with_and_without(tmp_path: Path, cache: Pat
     ours, theirs = with_it.model.state_dict(), without.model.state_dict()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
     assert with_it.result["validation"] == pytest.approx(without.result["validation"], rel=1e-5)
+
+
+def test_the_pass_to_the_cut_keeps_to_the_memory_of_the_plan(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    happened: list[str] = []
+    monkeypatch.setattr(execute, "held_memory", lambda: 2**50)
+    monkeypatch.setattr(execute, "give_back_memory", lambda **how: happened.append("given back"))
+    planned = fz.plan(recipe(net()), runs=tmp_path / "runs")
+    fz.run(planned, quiet=True, observers=[lambda event: happened.append(type(event).__name__)])
+    assert planned.plan.prefix == "head" and planned.plan.keep_memory
+    assert "given back" in happened[: happened.index("StepDone")]
 
 
 def test_a_body_that_draws_at_random_is_run_each_time(tmp_path: Path, cache: Path) -> None:
