@@ -239,6 +239,28 @@ def test_a_checkpoint_of_spoiled_weights_is_refused_and_the_older_one_stays(tmp_
     assert [p.name for p in (tmp_path / "save" / "checkpoints").glob("step-*")] == ["step-4"]
 
 
+@pytest.mark.parametrize("steps", [24, 6])
+def test_an_optimizer_whose_state_is_no_number_ends_the_run_with_a_result_and_the_last_good_weights(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = loop.clip
+
+    def spoiling(job: Any, norm: Tensor) -> None:
+        honest(job, norm)
+        for state in job.optimizer.state.values():  # from the second step on; what it updates stands still, and every loss is finite
+            if state["step"] == 5:
+                state["exp_avg_sq"].fill_(float("inf"))
+
+    monkeypatch.setattr(loop, "clip", spoiling)
+    with pytest.raises(fz.NumbersError, match=r"after step \d state\.0\.exp_avg_sq is no finite number"):
+        run(tmp_path, Net(), name="state", clip=100.0, evaluate={"keep": "last"}, epochs=None, steps=steps)
+    result = json.loads((tmp_path / "state" / "result.json").read_text())
+    assert result["status"] == "stopped" and result["steps"] == min(steps, 8) and result["kept_step"] == 4
+    weights = checkpoint.saved_weights(tmp_path / "state" / "checkpoints")[1]  # type: ignore[index]
+    kept = fz.load("run:state", runs=tmp_path, model=Net()).state_dict()
+    assert all(torch.equal(kept[n], tensor) for n, tensor in weights.items())
+
+
 def test_the_best_weights_are_kept_where_the_last_ones_are_spoiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, after=15)
     with pytest.raises(fz.NumbersError):

@@ -40,6 +40,13 @@ FIXED = ("task", "model", "head", "freeze", "adapter", "optimizer.name", "precis
 _STEP, _LEFTOVER = re.compile(r"step-(\d+)(\.aside)?"), re.compile(r"step-\d+\.(tmp|gone)-\d+|\.latest\..*")
 
 
+def refuse_broken(job: Job, progress: Progress, best: Best) -> None:
+    """raises: NumbersError where weights or the optimizer's state, as a checkpoint would hold them, are no finite numbers"""
+    files, _ = _files(job, best)
+    for tensors in (files[WEIGHTS], files[OPTIMIZER], best.weights or {}):
+        refuse_not_finite(tensors, job, progress.step)
+
+
 def save(folder: Path, job: Job, progress: Progress, best: Best, *, keep: int, frozen: str) -> Path:
     """Write beside, sync, rename, sync; only then `latest` moves, and only then older ones are removed.
 
@@ -47,9 +54,8 @@ def save(folder: Path, job: Job, progress: Progress, best: Best, *, keep: int, f
     returns:  the checkpoint's folder
     raises:   NumbersError for a value that is no finite number; OSError where it cannot be written. What was saved before is then as it was
     """
+    refuse_broken(job, progress, best)
     files, numbers = _files(job, best)
-    for tensors in (files[WEIGHTS], files[OPTIMIZER], best.weights or {}):
-        refuse_not_finite(tensors, job, progress.step)
     if 0 < free_disk(folder) < _bytes_of(files):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     target, beside = folder / f"step-{progress.step}", folder / f"step-{progress.step}.tmp-{os.getpid()}"

@@ -28,7 +28,6 @@ from fromzero.runner.begun import Going, go_on_with, refuse_done, refuse_no_way_
 from fromzero.runner.folder import RESULT
 from fromzero.runner.lock import holding
 from fromzero.runner.loop import Best, is_over, train
-from fromzero.runner.numbers import refuse_not_finite
 from fromzero.runner.prefix import keep_prefix, still_the_same
 from fromzero.runner.probe_inputs import keep_probe
 from fromzero.runner.progress import Progress
@@ -36,7 +35,7 @@ from fromzero.runner.regions import make_plain
 from fromzero.runner.samples import samples
 from fromzero.runner.saved import write_model
 from fromzero.sources.cache import FULL, free_disk, write_whole
-from fromzero.tuning import frozen_digest, moving_state
+from fromzero.tuning import frozen_digest
 
 SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two checkpoints
 GIVE_BACK_SECONDS = 5.0  # at least between two times that freed memory goes back, for the next step takes it anew
@@ -162,7 +161,7 @@ class _Run:
             mend = f"free some, then fromzero resume {self.folder.name}; or take a smaller batch or model"
             self.stopped_by = NumbersError(said, why=why, mend=mend)
         try:
-            refuse_not_finite(moving_state(self.job.model, self.job.frozen), self.job, self.progress.step)
+            checkpoint.refuse_broken(self.job, self.progress, self.best)
         except NumbersError as error:
             self.spoiled, self.stopped_by = True, self.stopped_by or error
 
