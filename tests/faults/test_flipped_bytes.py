@@ -126,6 +126,10 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_ends_as_if_nothing_had_hap
     damaged = run / "checkpoints" / "step-9" / "optimizer.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     (run / "checkpoints" / "step-12.tmp-4711").mkdir()  # and a save had begun
+    (run / "model").mkdir()
+    unfinished = [run / ".page.html.k3x_09ab", run / "model" / ".model.safetensors.plklgj_i"]  # as a file has before it is whole
+    for path in unfinished:
+        path.write_bytes(b"half")
     part = fz.resume("part", runs=tmp_path, quiet=True)
     assert all((tensor == part.model.state_dict()[name]).all() for name, tensor in whole.model.state_dict().items())
     same = ("steps", "train", "validation", "kept_step")
@@ -138,6 +142,9 @@ def test_a_run_goes_on_from_the_checkpoint_before_and_ends_as_if_nothing_had_hap
     assert said[2].startswith("step-9 was set aside as step-9.aside; the next save removes it")
     assert [event["step"] for event in events if event["event"] == "Started"] == [0, 6]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-12", "step-15"]
+    assert not any(path.exists() for path in unfinished)
+    told = [event["what"] for event in events if event["event"] == "Warned" and "left by a run that was killed" in event["what"]]
+    assert [what.partition(",")[0] for what in told] == [path.name for path in unfinished]
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_trained_and_nothing_is_touched(recipe: dict[str, Any], tmp_path: Path) -> None:

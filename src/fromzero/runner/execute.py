@@ -34,7 +34,7 @@ from fromzero.runner.progress import Progress
 from fromzero.runner.regions import make_plain
 from fromzero.runner.samples import samples
 from fromzero.runner.saved import write_model
-from fromzero.sources.cache import FULL, free_disk, write_whole
+from fromzero.sources.cache import FULL, free_disk, remove_unfinished, write_whole
 from fromzero.tuning import frozen_digest
 
 SAVE_SECONDS = 60.0  # save.every: auto waits at least this long between two checkpoints
@@ -329,5 +329,8 @@ def _roll_back(folder: Path, newest: Path | None, damaged: Mapping[Path, str], t
     kept_in = folder / "checkpoints"
     roll_back(folder / EVENTS, -1 if newest is None else checkpoint.step_of(newest))
     where = "it begins anew" if newest is None else f"training goes on from {newest.name}"
-    for what in (*_skipped(damaged), *(checkpoint.tidy(kept_in, damaged) if kept_in.is_dir() else ())):
+    left = [
+        f"{name}, left by a run that was killed, was removed" for part in (folder, folder / "model") for name in remove_unfinished(part)
+    ]
+    for what in (*_skipped(damaged), *(checkpoint.tidy(kept_in, damaged) if kept_in.is_dir() else ()), *left):
         tell(Warned(what, where))

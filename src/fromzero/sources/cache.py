@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ except ImportError:  # not on this platform: two downloads at once are then both
     fcntl = None  # type: ignore[assignment]
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what the system says where there is no room: on the disk, of a quota, for a file
+
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}")  # what `writing_whole` writes before it has the file's name
 
 
 def cache_folder() -> Path:
@@ -95,6 +98,14 @@ def writing_whole(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.errno is not None:
             error.filename = str(path)
         raise
+
+
+def remove_unfinished(folder: Path) -> list[str]:
+    """Take away what a killed `writing_whole` left in a folder to which nobody else writes now.  returns: the names"""
+    left = [path for path in sorted(folder.glob(".*")) if _UNFINISHED.fullmatch(path.name) and path.is_file()]
+    for path in left:
+        path.unlink()
+    return [path.name for path in left]
 
 
 def sync_folder(folder: Path) -> None:
