@@ -64,6 +64,20 @@ def test_trial_steps_cost_a_share_of_the_run_that_is_asked_for(
     assert len(stepped) == probe.LEAST_STEPS, "a twentieth of twelve steps is less than one: the least are taken"
 
 
+def test_the_certificate_does_not_depend_on_how_many_trial_steps_there_was_time_for(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probe, "ENOUGH_SECONDS", math.inf)
+    monkeypatch.setattr(probe, "MOST_SECONDS", 1e9)
+    found = []
+    for most in (probe.LEAST_STEPS, probe.LEAST_STEPS + 13):
+        monkeypatch.setattr(probe, "MOST_STEPS", most)
+        certificate = fz.plan({**recipe, "certificate": "on"}, runs=tmp_path).plan.facts.measured.certificate  # type: ignore[union-attr]
+        assert certificate is not None and certificate.error > 0
+        found.append((certificate.error, certificate.tensor, certificate.loss_error))
+    assert found[0] == found[1]
+
+
 def test_a_step_of_another_size_counts_as_one_of_mean_size() -> None:
     lengths = torch.tensor([10, 10, 10, 10, 30, 30, 30, 30])
     train = TextExamples(torch.zeros(160, dtype=torch.int32), lengths.cumsum(0) - lengths, lengths, torch.zeros(8, dtype=torch.int64))

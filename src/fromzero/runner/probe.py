@@ -26,7 +26,7 @@ from fromzero.runner.pieces import batch_ends, pieces
 from fromzero.runner.prefix import kept_before, side_by_side, some_rows, start_at_cut
 from fromzero.runner.samples import sample_seconds
 from fromzero.runner.step import gradients
-from fromzero.tuning import LowRank, set_training
+from fromzero.tuning import LowRank, moving_state, set_training
 
 LEAST_STEPS = 4
 MOST_STEPS = 400
@@ -138,8 +138,11 @@ def _steps(job: Job, steps: int, index: Tensor, others: tuple[Tensor, ...] = ())
     returns: seconds of a step of mean size
     """
     whole, fetch, update, losses, silent = [], [], [], [], tuple[str, ...]()
+    moving, noted = moving_state(job.model, job.frozen), dict[str, Tensor]()
     begun = time.perf_counter()
     for step in range(MOST_STEPS):
+        if step == LEAST_STEPS:  # what comes after this is judged on weights that do not depend on how many steps there is time for
+            noted = {name: tensor.detach().clone() for name, tensor in moving.items()}
         part = others[step % len(others)] if others and step >= LEAST_STEPS else index
         share = _share(job, part)
         started = time.perf_counter()
@@ -163,6 +166,9 @@ def _steps(job: Job, steps: int, index: Tensor, others: tuple[Tensor, ...] = ())
         spent, allowed = ended - begun, max(MOST_SECONDS, MOST_SHARE * steps * whole[0]) / 2
         if step + 1 >= LEAST_STEPS and (spent > ENOUGH_SECONDS or spent + ended - started > allowed):
             break
+    with torch.no_grad():
+        for name, tensor in noted.items():
+            moving[name].copy_(tensor)
     warm = -(-len(whole) // WARM) if len(whole) > 1 else 0
     return Trial(whole[warm:], fetch[warm:], update[warm:], losses, silent)
 
