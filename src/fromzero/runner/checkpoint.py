@@ -42,8 +42,7 @@ _STEP, _LEFTOVER = re.compile(r"step-(\d+)(\.aside)?"), re.compile(r"step-\d+\.(
 
 def refuse_broken(job: Job, progress: Progress, best: Best) -> None:
     """raises: NumbersError where weights or the optimizer's state, as a checkpoint would hold them, are no finite numbers"""
-    files, _ = _files(job, best)
-    for tensors in (files[WEIGHTS], files[OPTIMIZER], best.weights or {}):
+    for tensors in (moving_state(job.model, job.frozen), _flat(job.optimizer)[0], best.weights or {}):
         refuse_not_finite(tensors, job, progress.step)
 
 

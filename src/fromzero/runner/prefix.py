@@ -51,10 +51,9 @@ def kept_rows(job: Job, examples: Examples, index: Tensor, told: Callable[[int],
     """
     lengths, counts = examples.lengths if isinstance(examples, TextExamples) else None, _counts(job, examples)
     for block in index.split(job.judge.batch) if lengths is None else by_tokens(index, lengths[index], BLOCK_TOKENS):
-        order = torch.arange(len(block)) if lengths is None else lengths[block].argsort(stable=True)
         sizes = counts[block]
         begins, rows = sizes.cumsum(0) - sizes, None
-        for part in [order] if lengths is None else by_tokens(order, lengths[block[order]], PASS_TOKENS):
+        for part in [torch.arange(len(block))] if lengths is None else _of_like_length(lengths[block]):
             inputs, _ = job.judge.on_device(*examples.take(block[part]))
             with job.judge.around():
                 said = reads_at(job.model, job.plan.prefix, inputs).cpu()
@@ -65,6 +64,12 @@ def kept_rows(job: Job, examples: Examples, index: Tensor, told: Callable[[int],
             told(len(part))
         assert rows is not None
         yield rows
+
+
+def _of_like_length(lengths: Tensor) -> list[Tensor]:
+    """Places of texts, the shortest first, as many together as one pass takes."""
+    order = lengths.argsort(stable=True)
+    return by_tokens(order, lengths[order], PASS_TOKENS)
 
 
 def _counts(job: Job, examples: Examples) -> Tensor:
@@ -88,8 +93,7 @@ def side_by_side(job: Job, runs: int) -> Tensor:
         return torch.arange(min(len(job.train), job.judge.batch))
     lengths = job.train.lengths
     block = by_tokens(torch.arange(len(lengths)), lengths, BLOCK_TOKENS)[0]
-    ordered = block[lengths[block].argsort(stable=True)]
-    parts = by_tokens(ordered, lengths[ordered], PASS_TOKENS)
+    parts = [block[part] for part in _of_like_length(lengths[block])]
     return torch.cat([parts[(2 * run + 1) * len(parts) // (2 * runs)] for run in range(runs)] if len(parts) > runs else parts)
 
 
