@@ -78,6 +78,21 @@ def test_the_certificate_does_not_depend_on_how_many_trial_steps_there_was_time_
     assert found[0] == found[1]
 
 
+def test_a_later_trial_step_whose_loss_is_no_number_leaves_no_certificate_out(
+    recipe: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = probe._steps
+
+    def steps(*given: Any) -> probe.Trial:
+        trial = honest(*given)
+        trial.losses.append(math.nan)
+        return trial
+
+    monkeypatch.setattr(probe, "_steps", steps)
+    measured = fz.plan({**recipe, "certificate": "on"}, runs=tmp_path).plan.facts.measured
+    assert measured is not None and measured.certificate is not None
+
+
 def test_a_step_of_another_size_counts_as_one_of_mean_size() -> None:
     lengths = torch.tensor([10, 10, 10, 10, 30, 30, 30, 30])
     train = TextExamples(torch.zeros(160, dtype=torch.int32), lengths.cumsum(0) - lengths, lengths, torch.zeros(8, dtype=torch.int64))

@@ -104,7 +104,7 @@ def _measured(job: Job, before: int, began: float, steps: int) -> Measured:
         measured = replace(measured, kept_step_seconds=kept_step, pass_seconds=passed, no_cut=no_cut)
         job.plan = plan if not no_cut else plan.without("frozen part")
     job.optimizer.state.clear()
-    if recipe.certificate == "on" and math.isfinite(trial.losses[-1]):
+    if recipe.certificate == "on" and math.isfinite(measured.losses[-1]):
         left = max(MOST_SECONDS, MOST_SHARE * steps * whole) - (time.perf_counter() - began)
         measured = replace(measured, certificate=certify(job, whole / plan.batch, left))
     return measured
